@@ -1,0 +1,1 @@
+"""Adapters: their format, store, registry and sources."""

@@ -1,0 +1,1 @@
+"""The server: HTTP, engine, model and kernels."""
