@@ -1,1 +1,1 @@
-
+"""Kernels, each beside the plain-torch reference that defines it."""
