@@ -1,1 +1,72 @@
-"""A Python client for a Loraplex server."""
+"""A Python client for a Loraplex server: `Loraplex`, and `AsyncLoraplex` with the same methods awaited."""
+
+from .async_client import AsyncLoraplex
+from .client import Loraplex
+from .errors import (
+    APIConnectionError,
+    APIError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    ConflictError,
+    InsufficientStorageError,
+    LocalAdapterError,
+    LoraplexError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    ResponseFormatError,
+    ServerError,
+    TooLargeError,
+    UnprocessableError,
+)
+from .streaming import AsyncStream, Stream
+from .types import (
+    Adapter,
+    AdapterDeleted,
+    AdapterVersion,
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Message,
+    ModelCard,
+    Served,
+    Tokens,
+    Usage,
+    Version,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APITimeoutError",
+    "Adapter",
+    "AdapterDeleted",
+    "AdapterVersion",
+    "AsyncLoraplex",
+    "AsyncStream",
+    "AuthenticationError",
+    "BadRequestError",
+    "ChatCompletion",
+    "ChatCompletionChunk",
+    "Completion",
+    "ConflictError",
+    "InsufficientStorageError",
+    "LocalAdapterError",
+    "Loraplex",
+    "LoraplexError",
+    "Message",
+    "ModelCard",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "ResponseFormatError",
+    "Served",
+    "ServerError",
+    "Stream",
+    "Tokens",
+    "TooLargeError",
+    "UnprocessableError",
+    "Usage",
+    "Version",
+]
