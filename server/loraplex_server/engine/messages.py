@@ -66,6 +66,8 @@ class TokenOutput:
 
     ``queue_s``: time from submission to the first step it took part in; set on the first output.
     ``cached_tokens``: prompt tokens found in the prefix cache; set on the first output.
+    ``stop_token_id``: the end-of-text or stop token that ended the request; it is the last of ``token_ids`` and not part
+    of the text.
     """
 
     request_id: str
@@ -74,6 +76,7 @@ class TokenOutput:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
+    stop_token_id: int | None = None
     queue_s: float | None = None
     cached_tokens: int | None = None
 

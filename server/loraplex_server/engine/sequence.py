@@ -77,6 +77,8 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
     slot: int = -1
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -87,6 +89,11 @@ class Sequence:
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def fairness_key(self) -> str:
+        """Requests share the engine by adapter; the base is one more adapter here."""
+        return self.request.adapter or ""
 
     @property
     def num_prompt(self) -> int:

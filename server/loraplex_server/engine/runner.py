@@ -1,0 +1,139 @@
+"""One forward pass: a plan becomes a batch, the batch becomes tokens.
+
+``launch`` queues the work on the device, ``collect`` reads what came of it; between the two the host is free.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_server.engine.sampler import Drawn, Sampled, Sampler, logprobs, token_logprobs
+from loraplex_server.engine.scheduler import Chunk, Plan
+from loraplex_server.engine.sequence import Sequence, TokenLogprob
+from loraplex_server.model.adapters import AdapterLookup
+from loraplex_server.model.batch import Batch, Segment
+from loraplex_server.model.decoder import Decoder
+from loraplex_server.model.kv_cache import KVCache
+
+# Rows of logits held at once while prompt log-probabilities are computed; bounds memory at large vocabularies.
+_PROMPT_LOGIT_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step that runs on the device."""
+
+    plan: Plan
+    sampled: tuple[Sequence, ...]
+    drawn: Drawn | None
+    prompt_logprobs: dict[int, list[TokenLogprob]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought: a token for each sequence that sampled, and log-probabilities of prompt tokens by the
+    identity of their sequence."""
+
+    plan: Plan
+    sampled: tuple[tuple[Sequence, Sampled], ...]
+    prompt_logprobs: dict[int, list[TokenLogprob]]
+
+
+class Runner:
+    """Runs plans on one decoder and one KV cache."""
+
+    def __init__(self, decoder: Decoder, kv: KVCache, adapters: AdapterLookup, sampler: Sampler) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._adapters = adapters
+        self._sampler = sampler
+        self._device = decoder.device
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> Launched:
+        batch = build_batch(plan, self._kv.block_size, self._device)
+        hidden = self._decoder.forward(batch, self._kv, self._adapters)
+        seqs = tuple(chunk.seq for chunk in plan.chunks if chunk.samples)
+        drawn = None
+        if seqs:
+            drawn = self._sampler.draw(self._decoder.logits(hidden[batch.logit_rows]), seqs)
+        return Launched(plan, seqs, drawn, self._score_prompts(plan, hidden))
+
+    def collect(self, launched: Launched) -> StepResult:
+        outcomes = self._sampler.read(launched.drawn, launched.sampled) if launched.drawn else []
+        return StepResult(launched.plan, tuple(zip(launched.sampled, outcomes, strict=True)), launched.prompt_logprobs)
+
+    def _score_prompts(self, plan: Plan, hidden: Tensor) -> dict[int, list[TokenLogprob]]:
+        """Log-probabilities of the prompt tokens that this step's rows predict."""
+        scores: dict[int, list[TokenLogprob]] = {}
+        row = 0
+        for chunk in plan.chunks:
+            k = chunk.seq.request.sampling.num_prompt_logprobs
+            if k is not None:
+                # Row i predicts token start + i + 1; the last prompt token's row predicts the answer, not the prompt.
+                stop = min(chunk.start + chunk.length, chunk.seq.num_prompt - 1)
+                targets = chunk.seq.tokens[chunk.start + 1 : stop + 1]
+                scores[id(chunk.seq)] = list(self._score(hidden[row : row + len(targets)], targets, k))
+            row += chunk.length
+        return scores
+
+    def _score(self, hidden: Tensor, targets: list[int], k: int) -> Iterable[TokenLogprob]:
+        for i in range(0, len(targets), _PROMPT_LOGIT_ROWS):
+            ids = targets[i : i + _PROMPT_LOGIT_ROWS]
+            logits = self._decoder.logits(hidden[i : i + len(ids)])
+            found = logprobs(logits, torch.tensor(ids, device=logits.device), k)
+            yield from token_logprobs(ids, *found, [k] * len(ids))
+
+
+def build_batch(plan: Plan, block_size: int, device: torch.device) -> Batch:
+    """Flatten a plan's chunks into the tensors of one forward pass."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    kv_slots: list[int] = []
+    query_starts = [0]
+    logit_rows = []
+    adapters: list[int] = []
+    for chunk in plan.chunks:
+        seq, stop = chunk.seq, chunk.start + chunk.length
+        token_ids += seq.tokens[chunk.start : stop]
+        positions += range(chunk.start, stop)
+        blocks = seq.block_ids
+        kv_slots += [blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, stop)]
+        adapters += [seq.slot] * chunk.length
+        query_starts.append(len(token_ids))
+        if chunk.samples:
+            logit_rows.append(len(token_ids) - 1)
+    kv_lens = [chunk.start + chunk.length for chunk in plan.chunks]
+    tables = [chunk.seq.block_ids[: -(-n // block_size)] for chunk, n in zip(plan.chunks, kv_lens, strict=True)]
+    width = max(map(len, tables))
+
+    def put(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    return Batch(
+        token_ids=put(token_ids, torch.int64),
+        positions=put(positions, torch.int64),
+        kv_slots=put(kv_slots, torch.int64),
+        query_starts=put(query_starts, torch.int32),
+        kv_lens=put(kv_lens, torch.int32),
+        block_tables=put([table + [0] * (width - len(table)) for table in tables], torch.int32),
+        token_adapters=put(adapters, torch.int32),
+        logit_rows=put(logit_rows, torch.int64),
+        query_lens=tuple(chunk.length for chunk in plan.chunks),
+        prefix_and_query_lens=tuple(kv_lens),
+        segments=tuple(_segments(plan.chunks)),
+    )
+
+
+def _segments(chunks: Iterable[Chunk]) -> Iterable[Segment]:
+    slot, start, row = -1, 0, 0
+    for chunk in chunks:
+        if chunk.seq.slot != slot:
+            if slot >= 0:
+                yield Segment(slot, start, row)
+            slot, start = chunk.seq.slot, row
+        row += chunk.length
+    if slot >= 0:
+        yield Segment(slot, start, row)
