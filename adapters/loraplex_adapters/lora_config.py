@@ -1,0 +1,285 @@
+"""adapter_config.json, read strictly: what changes the maths is understood or refused by name."""
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from loraplex_adapters.base import LINEARS, BaseShape, ModuleKey, module_path
+from loraplex_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsupportedAdapter
+from loraplex_adapters.patterns import ModulePatterns
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 1 << 16
+
+_READ = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_lora_weights",
+}
+# Only training, or the library itself, reads these.
+_HARMLESS = {
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "velora_config",
+    "ensure_weight_tying",
+    "runtime_config",
+}
+_FEATURES = {
+    "use_dora": ("dora", "DoRA"),
+    "modules_to_save": ("modules_to_save", "whole modules trained beside LoRA"),
+    "lora_bias": ("lora_bias", "a bias in LoRA B"),
+    "trainable_token_indices": ("trainable_tokens", "trained token embeddings"),
+    "fan_in_fan_out": ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
+    "megatron_config": ("megatron", "Megatron parallel layers"),
+    "alora_invocation_tokens": ("alora", "activated LoRA"),
+    "layer_replication": ("layer_replication", "replicated layers"),
+    "target_parameters": ("target_parameters", "LoRA on bare parameters"),
+    "use_qalora": ("qalora", "QALoRA"),
+    "use_bdlora": ("bdlora", "block-diagonal LoRA"),
+    "arrow_config": ("arrow", "Arrow routing"),
+    "kasa_config": ("kasa", "KaSA"),
+    "monteclora_config": ("monteclora", "MonteCLoRA"),
+}
+_INITS = ("gaussian", "orthogonal", "eva", "mica")
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The part of a PEFT LoRA config that decides what the adapter computes."""
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: frozenset[str] | str | None
+    exclude_modules: frozenset[str] | str | None
+    layers_to_transform: frozenset[int] | None
+    base_model_name: str | None
+
+    @cached_property
+    def _alphas(self) -> ModulePatterns:
+        return ModulePatterns(self.alpha_pattern)
+
+    @cached_property
+    def _ranks(self) -> ModulePatterns | None:
+        try:
+            return ModulePatterns(self.rank_pattern)
+        except UnsupportedAdapter:
+            return None  # the tensors tell the ranks anyway
+
+    def scaling(self, module: ModuleKey, rank: int) -> float:
+        """The factor of B @ A: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        pattern = self._alphas.first(module_path(*module))
+        alpha = self.alpha if pattern is None else self.alpha_pattern[pattern]
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def rank(self, module: ModuleKey) -> int | None:
+        """The rank that the config gives the module; None where its patterns cannot be matched safely."""
+        if self._ranks is None:
+            return None
+        pattern = self._ranks.first(module_path(*module))
+        return self.r if pattern is None else self.rank_pattern[pattern]
+
+    def targets(self, base: BaseShape) -> frozenset[ModuleKey] | None:
+        """The linears that the config targets in ``base``; None where a regular expression says so (never run)."""
+        if isinstance(self.exclude_modules, str):
+            return None
+        target = frozenset(LINEARS) if self.target_modules == "all-linear" else self.target_modules
+        if target is None or isinstance(target, str):
+            return None
+        modules = [(layer, linear) for layer in range(base.num_layers) for linear in base.linears]
+        return frozenset(module for module in modules if self._targets(target, module))
+
+    def _targets(self, names: Collection[str], module: ModuleKey) -> bool:
+        path = module_path(*module)
+        if self.exclude_modules and _named(self.exclude_modules, path):
+            return False
+        in_layers = self.layers_to_transform is None or module[0] in self.layers_to_transform
+        return path in names or (in_layers and _named(names, path))
+
+
+def _named(names: Collection[str], path: str) -> bool:
+    """Whether ``path`` is one of ``names`` or ends with one of them after a dot."""
+    parts = path.split(".")
+    return any(".".join(parts[i:]) in names for i in range(len(parts)))
+
+
+def read_config(directory: Path) -> LoraConfig:
+    """Read and judge ``adapter_config.json``.
+
+    Raises: InvalidAdapter if it is missing or malformed, UnsupportedAdapter naming the feature that is not served.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except (FileNotFoundError, IsADirectoryError):
+        raise InvalidAdapter(
+            f"{CONFIG_NAME} is missing. An adapter is the folder that peft's save_pretrained() writes: "
+            f"{CONFIG_NAME} and adapter_model.safetensors.",
+            code="adapter_config_missing",
+        ) from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise AdapterTooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes.", code="config_too_large")
+    try:
+        config = json.loads(raw, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(f"it is not valid JSON ({str(error)[:120]})") from None
+    if not isinstance(config, dict):
+        raise _malformed("it is not a JSON object")
+    _refuse_features(config)
+    return _lora_config(config)
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _malformed(why: str) -> InvalidAdapter:
+    return InvalidAdapter(f"{CONFIG_NAME} cannot be used: {why}.", code="adapter_config_invalid")
+
+
+def _refuse_features(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapter(
+            f"{CONFIG_NAME} has peft_type {str(kind)[:40]!r}; only 'LORA' adapters are served.", code="peft_type"
+        )
+    task = config.get("task_type")
+    if task is not None and task not in _TASKS:
+        raise UnsupportedAdapter(
+            f"{CONFIG_NAME} has task_type {str(task)[:40]!r}; only language models are served.",
+            code="task_type",
+        )
+    for key, (code, feature) in _FEATURES.items():
+        if config.get(key) not in (None, False, [], {}, ""):
+            raise _not_served(key, feature, code)
+    if config.get("bias", "none") not in ("none", None):
+        raise _not_served("bias", "trained biases", "bias")
+    _refuse_init(config.get("init_lora_weights", True))
+    for key, value in config.items():
+        if key in _READ or key in _HARMLESS or key in _FEATURES or key == "bias":
+            continue
+        if value is not None and value is not False and value not in ([], {}, ""):
+            raise UnsupportedAdapter(
+                f"{CONFIG_NAME} sets {key[:60]!r}, which is not known here and might change what the adapter computes. "
+                "Remove the key if it does not matter.",
+                code="unknown_config_key",
+            )
+
+
+def _not_served(key: str, feature: str, code: str) -> UnsupportedAdapter:
+    return UnsupportedAdapter(
+        f"{CONFIG_NAME} sets {key!r}: {feature} cannot be served. Train or export the adapter without it.", code=code
+    )
+
+
+def _refuse_init(init: Any) -> None:
+    if init is None or isinstance(init, bool) or init in _INITS:
+        return
+    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
+        raise UnsupportedAdapter(
+            f"{CONFIG_NAME} says init_lora_weights={init[:40]!r}: that start changes the base's weights, and the adapter "
+            "fits only the changed base. Convert it to plain LoRA: save_pretrained("
+            "path_initial_model_for_weight_conversion=...) in peft.",
+            code="init_changes_base",
+        )
+    raise UnsupportedAdapter(
+        f"{CONFIG_NAME} says init_lora_weights={str(init)[:40]!r}, which is not known here.", code="unknown_init"
+    )
+
+
+def _lora_config(config: Mapping[str, Any]) -> LoraConfig:
+    return LoraConfig(
+        r=_rank("r", config.get("r", 8)),
+        alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
+        use_rslora=_flag("use_rslora", config.get("use_rslora")),
+        rank_pattern={key: _rank("rank_pattern", n) for key, n in _table("rank_pattern", config).items()},
+        alpha_pattern={key: _number("alpha_pattern", n) for key, n in _table("alpha_pattern", config).items()},
+        target_modules=_names("target_modules", config),
+        exclude_modules=_names("exclude_modules", config) or None,
+        layers_to_transform=_layers(config),
+        base_model_name=_text(config.get("base_model_name_or_path")),
+    )
+
+
+def _rank(key: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise _malformed(f"{key!r} must give whole ranks from 1 to {MAX_RANK}, not {str(value)[:40]}")
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.nan
+    if not math.isfinite(number) or abs(number) > 1e9:
+        raise _malformed(f"{key!r} must give finite numbers up to 1e9, not {str(value)[:40]}")
+    return number
+
+
+def _flag(key: str, value: Any) -> bool:
+    if value not in (None, True, False) or type(value) in (int, float):
+        raise _malformed(f"{key!r} must be true or false")
+    return bool(value)
+
+
+def _text(value: Any) -> str | None:
+    return value[:512] if isinstance(value, str) else None
+
+
+def _table(key: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise _malformed(f"{key!r} must be an object")
+    return value
+
+
+def _names(key: str, config: Mapping[str, Any]) -> frozenset[str] | str | None:
+    value = config.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or len(value) > 10_000 or not all(isinstance(name, str) for name in value):
+        raise _malformed(f"{key!r} must be a string or a list of at most 10000 strings")
+    return frozenset(value)
+
+
+def _layers(config: Mapping[str, Any]) -> frozenset[int] | None:
+    value = config.get("layers_to_transform")
+    pattern = config.get("layers_pattern")
+    if pattern not in (None, "", [], "layers", ["layers"]):
+        raise _malformed("'layers_pattern' must be 'layers', the only stack of layers there is")
+    if value is None or value == []:
+        return None
+    layers = value if isinstance(value, list) else [value]
+    if not all(type(layer) is int and layer >= 0 for layer in layers):
+        raise _malformed("'layers_to_transform' must give layer numbers")
+    return frozenset(layers)
