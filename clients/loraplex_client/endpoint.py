@@ -52,12 +52,15 @@ class Endpoint:
     ) -> httpx.Request:
         """The HTTP request for `call`, with the admin key where the call needs it.
 
-        Raises APIConnectionError: the base URL is not a URL.
+        Raises APIConnectionError: the base URL is not a URL, or the key cannot be sent.
         """
         headers = {"User-Agent": "loraplex-client"}
         headers["Accept"] = "text/event-stream" if call.stream else "application/json, text/plain;q=0.9, */*;q=0.1"
-        key = self.admin_key or self.api_key if call.admin else self.api_key
+        key = (self.admin_key or self.api_key) if call.admin else self.api_key
         if key is not None:
+            # httpx would quote the whole key in its own error.
+            if not (key.isascii() and key.isprintable()):
+                raise APIConnectionError("the key has characters that an HTTP header cannot carry", transient=False)
             headers["Authorization"] = f"Bearer {key}"
         try:
             return http.build_request(
@@ -71,8 +74,6 @@ class Endpoint:
             )
         except httpx.InvalidURL as error:
             raise error_from_httpx(error, self.base_url) from error
-        except UnicodeEncodeError as error:
-            raise APIConnectionError("a key has characters that HTTP headers cannot carry", transient=False) from error
 
 
 def _key(given: str | None, from_environment: str | None) -> str | None:

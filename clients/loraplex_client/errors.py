@@ -175,11 +175,7 @@ def error_from_httpx(error: httpx.RequestError | httpx.InvalidURL, url: str) -> 
     transient = isinstance(error, httpx.TransportError) and not isinstance(
         error, httpx.UnsupportedProtocol | httpx.LocalProtocolError
     )
-    if isinstance(error, httpx.LocalProtocolError):
-        # httpx quotes the offending header, which may be a key.
-        reason = "the request is not valid HTTP; look for odd characters in the key"
-    else:
-        reason = str(error) or type(error).__name__
+    reason = str(error) or type(error).__name__
     return APIConnectionError(f"{url}: {reason}", transient=transient)
 
 
