@@ -81,7 +81,6 @@ class Sequence:
     num_published_blocks: int = 0
     slot: int = -1
     status: Status = Status.WAITING
-    finish_reason: FinishReason | None = None
     started_s: float | None = None
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -94,6 +93,10 @@ class Sequence:
     def fairness_key(self) -> str:
         """Requests share the engine by adapter; the base is one more adapter here."""
         return self.request.adapter or ""
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
 
     @property
     def num_prompt(self) -> int:

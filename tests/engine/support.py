@@ -1,0 +1,68 @@
+"""Small pieces that the engine's tests build from."""
+
+import time
+from collections.abc import Mapping
+
+import torch
+
+from loraplex_adapters.base import BaseShape
+from loraplex_adapters.format import AdapterWeights, LoraFactors
+from loraplex_server.engine.residency import AdapterResidency, Limits
+from loraplex_server.engine.sequence import Request, SamplingParams, Sequence
+
+BASE = BaseShape(
+    model_type="llama",
+    num_layers=2,
+    linears={
+        "q_proj": (16, 16),
+        "k_proj": (8, 16),
+        "v_proj": (8, 16),
+        "o_proj": (16, 16),
+        "gate_proj": (32, 16),
+        "up_proj": (32, 16),
+        "down_proj": (16, 32),
+    },
+    vocab_size=32,
+    hidden_size=16,
+    fingerprint="test",
+)
+
+
+def random_weights(ranks: Mapping[tuple[int, str], int], seed: int = 0, scaling: float = 0.5) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for (layer, linear), rank in ranks.items():
+        n, k = BASE.linears[linear]
+        a = torch.randn(rank, k, generator=generator)
+        b = torch.randn(n, rank, generator=generator)
+        factors[layer, linear] = LoraFactors(a, b, scaling)
+    return AdapterWeights(factors)
+
+
+def small_residency(weights: Mapping[str, AdapterWeights], *, device_bytes: int = 1 << 20) -> AdapterResidency:
+    return AdapterResidency(
+        open_adapter=lambda digest: weights[digest],
+        base=BASE,
+        limits=Limits(device_bytes, 1 << 30),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+
+
+def settle(residency: AdapterResidency, timeout_s: float = 10.0) -> None:
+    """Wait until no copy is running."""
+    deadline = time.monotonic() + timeout_s
+    residency.poll()
+    while residency.num_copies_running:
+        assert time.monotonic() < deadline, "a copy did not finish"
+        time.sleep(0.001)
+        residency.poll()
+
+
+def make_sequence(
+    name: str, num_prompt: int, *, adapter: str | None = None, arrival_s: float = 0.0, max_tokens: int = 8
+) -> Sequence:
+    """A sequence with a prompt of its own: no two names share a prefix."""
+    seed = sum(name.encode()) * 1000
+    prompt = tuple(seed + i for i in range(num_prompt))
+    return Sequence(Request(name, prompt, SamplingParams(max_tokens=max_tokens), adapter), 0, arrival_s)
