@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from loraplex_adapters.base import BaseShape, ModuleKey, module_path
 from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter, WrongBase
 from loraplex_adapters.header import TensorInfo, read_header
-from loraplex_adapters.lora_config import CONFIG_NAME, LoraConfig, read_config
+from loraplex_adapters.lora_config import CONFIG_NAME, LoraConfig, missing_config, read_config
 from loraplex_adapters.tensor_names import parse_tensor_name
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -102,7 +102,7 @@ def read(directory: Path, base: BaseShape) -> AdapterWeights:
 
 def read_layout(directory: Path) -> AdapterLayout:
     """Config and header of a directory, consistent with each other; no tensor is read."""
-    _refuse_other_weights(directory)
+    refuse_other_weights(sorted(path.name for path in directory.iterdir()) if directory.is_dir() else [])
     config = read_config(directory)
     tensors: dict[tuple[ModuleKey, str], tuple[str, TensorInfo]] = {}
     for name, info in read_header(directory / WEIGHTS_NAME).items():
@@ -122,12 +122,11 @@ def read_layout(directory: Path) -> AdapterLayout:
     return AdapterLayout(config, tensors, scalings)
 
 
-def _refuse_other_weights(directory: Path) -> None:
-    if (directory / WEIGHTS_NAME).is_file():
+def refuse_other_weights(names: Sequence[str]) -> None:
+    """Raise InvalidAdapter, saying what is there instead, unless ``names`` of files include safetensors weights."""
+    if WEIGHTS_NAME in names:
         return
-    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    pickles = [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]
-    if pickles:
+    if pickles := [name for name in names if name.lower().endswith(PICKLE_SUFFIXES)]:
         raise InvalidAdapter(
             f"{pickles[0][:80]!r} is a pickle, and pickles can run code: they are never opened. Save the adapter with "
             "save_pretrained(safe_serialization=True).",
@@ -136,7 +135,7 @@ def _refuse_other_weights(directory: Path) -> None:
     if any(name.startswith("adapter_model-") or name.endswith(".safetensors.index.json") for name in names):
         raise UnsupportedAdapter(f"The weights are sharded; save them as one {WEIGHTS_NAME}.", code="sharded")
     if CONFIG_NAME not in names:
-        read_config(directory)
+        raise missing_config()
     raise InvalidAdapter(f"{WEIGHTS_NAME} is missing.", code="adapter_weights_missing")
 
 

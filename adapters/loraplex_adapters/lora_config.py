@@ -141,11 +141,7 @@ def read_config(directory: Path) -> LoraConfig:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
     except (FileNotFoundError, IsADirectoryError):
-        raise InvalidAdapter(
-            f"{CONFIG_NAME} is missing. An adapter is the folder that peft's save_pretrained() writes: "
-            f"{CONFIG_NAME} and adapter_model.safetensors.",
-            code="adapter_config_missing",
-        ) from None
+        raise missing_config() from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise AdapterTooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes.", code="config_too_large")
     try:
@@ -156,6 +152,14 @@ def read_config(directory: Path) -> LoraConfig:
         raise _malformed("it is not a JSON object")
     _refuse_features(config)
     return _lora_config(config)
+
+
+def missing_config() -> InvalidAdapter:
+    return InvalidAdapter(
+        f"{CONFIG_NAME} is missing. An adapter is the folder that peft's save_pretrained() writes: "
+        f"{CONFIG_NAME} and adapter_model.safetensors.",
+        code="adapter_config_missing",
+    )
 
 
 def _no_constant(word: str) -> float:
