@@ -64,7 +64,7 @@ class AsyncLoraplex:
             transport=transport,
             sleep=sleep,
         )
-        self._base_model: str | None = None
+        self._base: str | None = None
         self.models = AsyncModels(self._connection)
         self.adapters = AsyncAdapters(self._connection)
 
@@ -101,7 +101,7 @@ class AsyncLoraplex:
         self, messages: Messages, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> ChatCompletion | AsyncStream[ChatCompletionChunk]:
         """See `Loraplex.chat`."""
-        model = model or await self._base()
+        model = model or await self.base_model()
         if stream:
             return await self._connection.stream(calls.chat_stream(messages, model, params))
         return await self._connection.send(calls.chat(messages, model, params))
@@ -122,18 +122,24 @@ class AsyncLoraplex:
         self, prompt: str | Sequence[Any], *, model: str | None = None, stream: bool = False, **params: Any
     ) -> Completion | AsyncStream[Completion]:
         """See `Loraplex.completions`."""
-        model = model or await self._base()
+        model = model or await self.base_model()
         if stream:
             return await self._connection.stream(calls.completions_stream(prompt, model, params))
         return await self._connection.send(calls.completions(prompt, model, params))
 
+    async def base_model(self) -> str:
+        """See `Loraplex.base_model`."""
+        if self._base is None:
+            self._base = calls.base_model(await self.models.list())
+        return self._base
+
     async def tokenize(self, text: Messages, *, model: str | None = None) -> Tokens:
         """See `Loraplex.tokenize`."""
-        return await self._connection.send(calls.tokenize(text, model or await self._base()))
+        return await self._connection.send(calls.tokenize(text, model or await self.base_model()))
 
     async def detokenize(self, ids: Iterable[int], *, model: str | None = None) -> str:
         """See `Loraplex.detokenize`."""
-        return await self._connection.send(calls.detokenize(ids, model or await self._base()))
+        return await self._connection.send(calls.detokenize(ids, model or await self.base_model()))
 
     async def health(self) -> bool:
         """See `Loraplex.health`."""
@@ -150,9 +156,3 @@ class AsyncLoraplex:
     async def metrics(self) -> str:
         """See `Loraplex.metrics`."""
         return await self._connection.send(calls.metrics())
-
-    async def _base(self) -> str:
-        # Asked once: a server keeps its base for as long as it runs.
-        if self._base_model is None:
-            self._base_model = calls.base_model(await self.models.list())
-        return self._base_model

@@ -70,7 +70,7 @@ class Loraplex:
             transport=transport,
             sleep=sleep,
         )
-        self._base_model: str | None = None
+        self._base: str | None = None
         self.models = Models(self._connection)
         self.adapters = Adapters(self._connection)
 
@@ -108,7 +108,7 @@ class Loraplex:
         self, messages: Messages, *, model: str | None = None, stream: bool = False, **params: Any
     ) -> ChatCompletion | Stream[ChatCompletionChunk]:
         """Answer a text or a conversation with the base or, if `model` names one, an adapter."""
-        model = model or self._base()
+        model = model or self.base_model()
         if stream:
             return self._connection.stream(calls.chat_stream(messages, model, params))
         return self._connection.send(calls.chat(messages, model, params))
@@ -129,18 +129,24 @@ class Loraplex:
         self, prompt: str | Sequence[Any], *, model: str | None = None, stream: bool = False, **params: Any
     ) -> Completion | Stream[Completion]:
         """Continue a text (or texts, or token ids) without a chat template."""
-        model = model or self._base()
+        model = model or self.base_model()
         if stream:
             return self._connection.stream(calls.completions_stream(prompt, model, params))
         return self._connection.send(calls.completions(prompt, model, params))
 
+    def base_model(self) -> str:
+        """The base's name, which calls without `model` use. Asked once: a server keeps its base while it runs."""
+        if self._base is None:
+            self._base = calls.base_model(self.models.list())
+        return self._base
+
     def tokenize(self, text: Messages, *, model: str | None = None) -> Tokens:
         """The token ids of a text, or of a conversation with the chat template around it."""
-        return self._connection.send(calls.tokenize(text, model or self._base()))
+        return self._connection.send(calls.tokenize(text, model or self.base_model()))
 
     def detokenize(self, ids: Iterable[int], *, model: str | None = None) -> str:
         """The text of token ids."""
-        return self._connection.send(calls.detokenize(ids, model or self._base()))
+        return self._connection.send(calls.detokenize(ids, model or self.base_model()))
 
     def health(self) -> bool:
         """True if the server's process is up. Raises APIConnectionError if nothing listens."""
@@ -157,9 +163,3 @@ class Loraplex:
     def metrics(self) -> str:
         """The server's metrics in Prometheus text format."""
         return self._connection.send(calls.metrics())
-
-    def _base(self) -> str:
-        # Asked once: a server keeps its base for as long as it runs.
-        if self._base_model is None:
-            self._base_model = calls.base_model(self.models.list())
-        return self._base_model

@@ -191,13 +191,16 @@ class AdapterVersion(Reply):
 
     version: int | str
     digest: str
-    created_at: int = 0
+    created_at: float = 0
     source: str | None = None
     current: bool = False
 
 
 class Adapter(Reply):
-    """An adapter as the server knows it. `residency` is the fastest tier it is in: gpu, host or disk."""
+    """An adapter as the server knows it. `residency` is the fastest tier it is in: gpu, host or disk.
+
+    Units: `created_at` and `updated_at` are Unix times in seconds.
+    """
 
     name: str
     digest: str
@@ -216,8 +219,8 @@ class Adapter(Reply):
     requests_running: int = 0
     requests_waiting: int = 0
     source: str | None = None
-    created_at: int = 0
-    updated_at: int = 0
+    created_at: float = 0
+    updated_at: float = 0
     versions: list[AdapterVersion] = Field(default_factory=list)
 
 

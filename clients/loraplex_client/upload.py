@@ -15,6 +15,7 @@ FormFile = tuple[str, tuple[str, BinaryIO, str]]
 """httpx's form: (field, (file name, open file, content type))."""
 
 CONFIG_FILE = "adapter_config.json"
+CARD_FILE = "README.md"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 
@@ -30,8 +31,8 @@ class AdapterFiles:
     def at(cls, path: str | os.PathLike[str]) -> AdapterFiles:
         """The adapter in a PEFT directory, or in an archive of one.
 
-        From a directory go the config and the safetensors files: a trainer's checkpoint also holds optimizer state and
-        pickles, which the server refuses.
+        From a directory go the config, the safetensors files and the model card: a trainer's checkpoint also holds
+        optimizer state and pickles, which the server refuses.
 
         Raises LocalAdapterError: no such path, no adapter in it, or not an archive that the server reads.
         """
@@ -72,4 +73,5 @@ def _directory_files(directory: Path) -> tuple[Path, ...]:
         raise LocalAdapterError(
             f"{directory} holds no .safetensors file; save the adapter with safe_serialization=True, other formats are not loaded"
         )
-    return (config, *weights)
+    card = directory / CARD_FILE
+    return (config, *weights, card) if card.is_file() else (config, *weights)

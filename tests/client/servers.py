@@ -129,6 +129,8 @@ class FakeServer:
         elif path == "/v1/models":
             cards = [{"id": "tiny-llama"}, *({"id": name, "parent": "tiny-llama"} for name in self.adapters)]
             handler.json(200, {"object": "list", "data": cards})
+        elif path.startswith("/v1/models/"):
+            self._card(handler, path.removeprefix("/v1/models/"))
         elif path.startswith("/v1/adapters") and self.admin_key and seen.authorization != f"Bearer {self.admin_key}":
             handler.error(401, "the admin key is missing or wrong", "invalid_api_key")
         elif path == "/v1/adapters" and seen.method == "GET":
@@ -139,6 +141,11 @@ class FakeServer:
             self._one(handler, seen, path.removeprefix("/v1/adapters/"))
         else:
             handler.error(404, "no such route")
+
+    def _card(self, handler: Handler, name: str) -> None:
+        if name not in {"tiny-llama", *self.adapters}:
+            return handler.error(404, f"there is no model named {name!r}", "model_not_found")
+        return handler.json(200, {"id": name})
 
     def _publish(self, handler: Handler, seen: Seen) -> None:
         if seen.content_type == "application/json":

@@ -28,7 +28,9 @@ def upload(server: FakeServer, kind: str, path: Path, **kwargs: object) -> str:
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_directory_goes_as_its_config_and_weights(server: FakeServer, kind: str, adapter_directory: Path) -> None:
+def test_a_directory_goes_as_its_config_weights_and_card(
+    server: FakeServer, kind: str, adapter_directory: Path
+) -> None:
     assert upload(server, kind, adapter_directory, name="parrot", pinned=True) == "parrot"
     weights = (adapter_directory / "adapter_model.safetensors").read_bytes()
     assert server.seen[-1].form == [
@@ -37,6 +39,7 @@ def test_a_directory_goes_as_its_config_and_weights(server: FakeServer, kind: st
         ("pinned", None, b"true"),
         ("files", "adapter_config.json", b'{"r": 8}'),
         ("files", "adapter_model.safetensors", weights),
+        ("files", "README.md", b"card"),
     ]
 
 
