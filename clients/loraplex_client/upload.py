@@ -31,8 +31,8 @@ class AdapterFiles:
     def at(cls, path: str | os.PathLike[str]) -> AdapterFiles:
         """The adapter in a PEFT directory, or in an archive of one.
 
-        From a directory go the config, the safetensors files and the model card: a trainer's checkpoint also holds
-        optimizer state and pickles, which the server refuses.
+        From a directory go the config, the weights and the model card: a trainer's checkpoint also holds
+        optimizer state and pickles, which the server refuses, and perhaps the whole base.
 
         Raises LocalAdapterError: no such path, no adapter in it, or not an archive that the server reads.
         """
@@ -68,10 +68,10 @@ def _directory_files(directory: Path) -> tuple[Path, ...]:
         raise LocalAdapterError(
             f"{directory} holds no {CONFIG_FILE}; give the folder that PEFT's save_pretrained wrote"
         )
-    weights = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
+    weights = sorted(path for path in directory.glob("adapter_model*.safetensors") if path.is_file())
     if not weights:
         raise LocalAdapterError(
-            f"{directory} holds no .safetensors file; save the adapter with safe_serialization=True, other formats are not loaded"
+            f"{directory} holds no adapter_model.safetensors; save it with safe_serialization=True, other formats are not loaded"
         )
     card = directory / CARD_FILE
     return (config, *weights, card) if card.is_file() else (config, *weights)

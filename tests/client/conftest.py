@@ -28,6 +28,7 @@ def adapter_directory(tmp_path: Path) -> Path:
     (directory / "adapter_config.json").write_text('{"r": 8}')
     (directory / "adapter_model.safetensors").write_bytes(b"weights" * 20_000)
     (directory / "training_args.bin").write_bytes(b"pickle")
+    (directory / "model.safetensors").write_bytes(b"the base")
     (directory / "README.md").write_text("card")
     return directory
 

@@ -117,7 +117,7 @@ def test_what_is_no_adapter_is_refused_before_anything_is_sent(driver: Driver, t
     for path, reason in [
         (tmp_path / "missing", "does not exist"),
         (empty, r"holds no adapter_config\.json"),
-        (pickled, r"holds no \.safetensors file"),
+        (pickled, r"holds no adapter_model\.safetensors"),
         (lone, "neither an adapter's directory nor an archive"),
     ]:
         with pytest.raises(LocalAdapterError, match=reason):
