@@ -132,7 +132,7 @@ class FakeServer:
         elif path.startswith("/v1/models/"):
             self._card(handler, path.removeprefix("/v1/models/"))
         elif path.startswith("/v1/adapters") and self.admin_key and seen.authorization != f"Bearer {self.admin_key}":
-            handler.error(401, "the admin key is missing or wrong", "invalid_api_key")
+            handler.error(401, "The admin key is missing or wrong.", "invalid_api_key")
         elif path == "/v1/adapters" and seen.method == "GET":
             handler.json(200, {"object": "list", "data": list(self.adapters.values())})
         elif path == "/v1/adapters" and seen.method == "POST":

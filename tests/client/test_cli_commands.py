@@ -321,7 +321,8 @@ def test_the_admin_key_comes_from_the_option_or_the_environment(
     server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.admin_key = "secret"
-    assert "LORAPLEX_ADMIN_KEY" in adapters(server, "list", exit_code=1)
+    refusal = adapters(server, "list", exit_code=1)
+    assert refusal.startswith("error: The admin key is missing or wrong. Give --api-key or --admin-key")
     assert "pirate" in adapters(server, "list", "--admin-key", "secret")
     monkeypatch.setenv("LORAPLEX_ADMIN_KEY", "secret")
     assert "pirate" in adapters(server, "list")

@@ -65,7 +65,7 @@ def explain(error: LoraplexError) -> str:
     if isinstance(error.__cause__, httpx.ConnectError | httpx.ConnectTimeout):
         return f"no server answers at {error}. Start one with `loraplex serve`, or say where it is with --base-url."
     if isinstance(error, AuthenticationError):
-        return f"{error.message}. Give --api-key or --admin-key, or set LORAPLEX_API_KEY or LORAPLEX_ADMIN_KEY."
+        return f"{error.message.rstrip('.')}. Give --api-key or --admin-key, or set LORAPLEX_API_KEY or LORAPLEX_ADMIN_KEY."
     if isinstance(error, RateLimitError):
         return f"the server is busy, try again in a moment: {error.message}"
     if isinstance(error, APIError):

@@ -123,7 +123,9 @@ async def _show(console: Console, url: str, prompt: str | None) -> bool:
     *served, (late_name, late_path) = DEMO_ADAPTERS.items()
     async with AsyncLoraplex(url) as client:
         try:
-            console.print(f"[dim]Serving the embedded model at {url}, its linears in NF4, with {len(served)} adapters.[/]")
+            console.print(
+                f"[dim]Serving the embedded model at {url}, its linears in NF4, with {len(served)} adapters.[/]"
+            )
             await asyncio.gather(*(_ask(client, name, "hello") for name, _ in served))
             models = [DEMO_BASE_NAME, *(name for name, _ in served)]
             replies = await asyncio.gather(*(_ask(client, model, question) for model in models))
