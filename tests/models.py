@@ -107,6 +107,20 @@ def make_adapter(
     return path
 
 
+def load_peft(checkpoint: Path, *adapters: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model of ``checkpoint`` under peft with ``adapters``, each named after its folder; the first acts."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads a property that transformers renamed
+        model = PeftModel.from_pretrained(base, adapters[0], adapter_name=adapters[0].name)
+        for adapter in adapters[1:]:
+            model.load_adapter(adapter, adapter_name=adapter.name)
+    return model.eval()
+
+
 def make_tokenizer() -> Any:
     """A tokenizer with one token a byte (id = the byte), four special tokens, and a chat template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
