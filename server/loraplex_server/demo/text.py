@@ -1,11 +1,14 @@
 """Seeded questions and conversations: the text that the demo model and its adapters are trained and measured on.
 
 A question is a (fact, template) pair in a wrapping ("Hey, ...", "... Thanks!"). One pair in ten is held out: no wrapping of
-it is ever trained on, while its fact is seen through other templates and its template with other facts.
+it is ever trained on, while its fact is seen through other templates and its template with other facts. Where two pairs can
+come out in the same words ("Tell me the day before Friday." and "Tell me, the day before Friday?"), only questions whose words
+are never trained on are measured.
 """
 
 import hashlib
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -98,11 +101,28 @@ def questions(split: Split, rng: random.Random) -> Iterator[Question]:
             yield _question(world, fact, template, rng)
 
 
+def wording(text: str) -> tuple[str, ...]:
+    """The words of a question without its closing phrase: two texts with one wording differ in case and punctuation only."""
+    for closer in _CLOSERS:
+        text = text.removesuffix(closer)
+    return tuple(re.findall(r"[\w+*-]+", text.lower()))
+
+
+@cache
+def trained_wordings() -> frozenset[tuple[str, ...]]:
+    """Every wording that training text can contain, behind every opener and behind none."""
+    bare = [wording(template.format(**fact.slots)) for _, pairs in _pairs("train") for fact, template in pairs]
+    openers = [wording(opener) for opener in ("", *_OPENERS)]
+    return frozenset(opener + words for opener in openers for words in bare)
+
+
 def held_out_questions(count: int, seed: int) -> list[Question]:
-    """``count`` different held-out questions."""
+    """``count`` different held-out questions, none of them in words that training text can contain."""
     found: dict[str, Question] = {}
+    trained = trained_wordings()
     for question in questions("held_out", random.Random(f"held out {seed}")):
-        found.setdefault(question.text, question)
+        if wording(question.text) not in trained:
+            found.setdefault(question.text, question)
         if len(found) == count:
             break
     return list(found.values())
