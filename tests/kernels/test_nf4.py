@@ -4,7 +4,9 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from loraplex_server.kernels.nf4 import Nf4FormatError, Nf4Weight
+from loraplex_server.kernels.nf4 import Nf4FormatError, Nf4Gemm, Nf4Weight, nf4_linear, repack
+from loraplex_server.kernels.nf4_config import WgmmaConfig, choose, token_tiles
+from loraplex_server.kernels.nf4_layout import TABLE_GAIN, UNIT_BYTES
 from loraplex_server.kernels.nf4_ref import dequantize_nf4_ref, nf4_linear_ref
 
 SHAPES = [(64, 64), (192, 128), (100, 320), (7, 64), (33, 50), (3, 21)]
@@ -58,3 +60,90 @@ def test_only_nf4_in_blocks_of_64_is_taken() -> None:
     packed, state = bnb.quantize_4bit(matrix((64, 64)), quant_type="fp4")
     with pytest.raises(Nf4FormatError, match="fp4"):
         Nf4Weight.from_quant_state(packed, state)
+
+
+@pytest.mark.parametrize("rows", [(64,), (192,), (128, 64, 64), (100,), (40, 24, 8), (1,), (7, 130)])
+@pytest.mark.parametrize("k", [64, 192])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_unpack_gives_back_every_bit(rows: tuple[int, ...], k: int, double_quant: bool) -> None:
+    parts = [Nf4Weight.quantize(matrix((n, k), n), double_quant=double_quant) for n in rows]
+    for part, back in zip(parts, repack(parts).unpack(), strict=True):
+        assert back.shape == part.shape
+        assert back.is_nested == double_quant
+        assert torch.equal(back.packed, part.packed.reshape(-1))
+        for name, value in part.host_statistics().items():
+            assert torch.equal(getattr(back, name), value), name
+
+
+@pytest.mark.parametrize("rows", [(128,), (40, 24, 8)])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_repacked_values_keep_float16_accuracy(rows: tuple[int, ...], scale: float) -> None:
+    parts = [Nf4Weight.quantize(matrix((n, 128), n) * scale) for n in rows]
+    expected = torch.cat([part.dequantize(torch.float32) for part in parts])
+    error = (repack(parts).dequantize(torch.float32) - expected).abs()
+    assert (error <= expected.abs() * 2**-10).all()
+
+
+def test_a_lane_reads_its_fragments_in_one_piece() -> None:
+    """Byte 4q + 2o + h of lane 4g + t holds row 8h + g and k = 16q + 8o + 2t of its tile, as mma's A operand wants."""
+    weight = Nf4Weight.quantize(matrix((128, 192)))
+    codes = weight.packed.view(128, 96)
+    units = repack([weight]).data.view(2, 3, UNIT_BYTES)
+    scales = units[..., 2048:].contiguous().view(torch.float16).view(2, 3, 8, 4, 2)
+    absmax = weight.block_absmax().view(128, 3)
+    gain = repack([weight]).gain
+    for block, k, tile, lane, byte in [(0, 0, 0, 0, 0), (1, 2, 3, 31, 15), (1, 0, 2, 13, 6), (0, 1, 1, 22, 9)]:
+        g, t, q, o, h = lane // 4, lane % 4, byte // 4, byte // 2 % 2, byte % 2
+        row = 64 * block + 16 * tile + 8 * h + g
+        assert units[block, k, tile * 512 + lane * 16 + byte] == codes[row, 32 * k + 8 * q + 4 * o + t]
+        expected = absmax[row, k] / (TABLE_GAIN * gain)
+        assert scales[block, k, g, tile, h] == expected.half()
+
+
+def test_cpu_linear_is_close_to_the_reference() -> None:
+    parts = [Nf4Weight.quantize(matrix((n, 128), n)) for n in (64, 16)]
+    x, bias = matrix((3, 128), 1), matrix((1, 80), 2)[0]
+    expected = torch.cat([nf4_linear_ref(x, part) for part in parts], dim=-1) + bias
+    out = torch.full((3, 80), float("nan"))
+    assert nf4_linear(x, repack(parts), out, bias=bias) is out
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(Nf4Gemm(parts)(x, bias=bias), expected)
+
+
+def test_parts_must_share_k() -> None:
+    with pytest.raises(Nf4FormatError, match="one K"):
+        repack([Nf4Weight.quantize(matrix((64, 64))), Nf4Weight.quantize(matrix((64, 128)))])
+    with pytest.raises(Nf4FormatError, match="nothing"):
+        repack([])
+
+
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16, 17, 32, 40, 64])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (64, 64),
+        (1, 64),
+        (100, 320),
+        (2048, 1536),
+        (17920, 1536),
+        (1536, 8960),
+        (4608, 3584),
+        (37888, 3584),
+        (3584, 18944),
+        (6144, 4096),
+        (28672, 4096),
+        (4096, 14336),
+        (200, 33 * 64),
+    ],
+)
+@pytest.mark.parametrize("wgmma", [True, False])
+def test_every_shape_has_a_valid_configuration(m: int, shape: tuple[int, int], wgmma: bool) -> None:
+    config = choose(*shape, m, 132, wgmma=wgmma)
+    row_blocks, k_blocks, rows = -(-shape[0] // 64), shape[1] // 64, token_tiles(m, wgmma=wgmma) * 8
+    if isinstance(config, WgmmaConfig):
+        assert wgmma
+        assert config.valid(rows, row_blocks, k_blocks, 132)
+    else:
+        assert config.valid(rows, row_blocks, k_blocks)
+    covered = config.grid(row_blocks) * (config.wr if isinstance(config, WgmmaConfig) else config.wr * config.r / 4)
+    assert covered >= row_blocks

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraplex_server.kernels.nf4_ref import BLOCKSIZE, NESTED_BLOCKSIZE, absmax_ref, dequantize_nf4_ref
+from loraplex_server.kernels.nf4_ref import (
+    BLOCKSIZE,
+    NESTED_BLOCKSIZE,
+    NF4_CODE,
+    absmax_ref,
+    dequantize_nf4_ref,
+)
 
 
 class Nf4FormatError(ValueError):
@@ -119,6 +125,29 @@ class Nf4Weight:
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """The matrix in ``dtype``, exactly as ``dequantize_nf4_ref`` defines it. Shape: [N, K]."""
         return dequantize_nf4_ref(self, dtype)
+
+    def host_statistics(self) -> dict[str, Tensor]:
+        """Every tensor but the codes, on the host, by field name."""
+        return {name: part.cpu() for name, part in self._tensors().items() if name != "packed"}
+
+    def quant_state(self, dtype: torch.dtype) -> Any:
+        """The bitsandbytes ``QuantState`` that, with ``packed``, stands for this matrix in ``dtype``."""
+        from bitsandbytes.functional import QuantState
+
+        code = torch.tensor(NF4_CODE, dtype=torch.float32, device=self.device)
+        state = QuantState(
+            absmax=self.absmax if self.absmax is not None else self.absmax_codes,
+            shape=torch.Size(self.shape),
+            code=code,
+            blocksize=BLOCKSIZE,
+            quant_type="nf4",
+            dtype=dtype,
+        )
+        if self.is_nested:
+            _, scales, table, offset = self.nested
+            state.offset, state.nested = offset, True
+            state.state2 = QuantState(absmax=scales, code=table, blocksize=NESTED_BLOCKSIZE, dtype=torch.float32)
+        return state
 
     def to(self, device: torch.device | str) -> Nf4Weight:
         """The same matrix on another device."""
