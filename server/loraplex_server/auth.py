@@ -23,6 +23,7 @@ from loraplex_server.errors import ApiError, error_response
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _ATTRIBUTE = "__loraplex_access__"
+_ENDPOINT = "loraplex.endpoint"
 
 
 class Access(IntEnum):
@@ -43,22 +44,28 @@ def access(level: Access) -> Callable[[Endpoint], Endpoint]:
     return declare
 
 
-def access_of(route: BaseRoute) -> Access:
-    """The declared level of a route; admin if it declares none."""
-    return getattr(getattr(route, "endpoint", None), _ATTRIBUTE, Access.ADMIN)
+def access_of(endpoint: object) -> Access:
+    """The level that an endpoint declares; admin if it declares none."""
+    level: Access = getattr(endpoint, _ATTRIBUTE, Access.ADMIN)
+    return level
 
 
-def required_access(routes: Sequence[BaseRoute], scope: Scope) -> Access:
-    """The level of the route that answers this request, chosen as the router chooses it: the first that matches, else
-    the first whose path matches (it answers 405). A path without a route answers 404 to those who hold a user key."""
+def matching_route(routes: Sequence[BaseRoute], scope: Scope) -> BaseRoute | None:
+    """The route that will answer, chosen as the router chooses it: the first that matches, else the first whose path
+    does (it answers 405)."""
     partial: BaseRoute | None = None
     for route in routes:
         match, _ = route.matches(dict(scope))
         if match is Match.FULL:
-            return access_of(route)
+            return route
         if match is Match.PARTIAL and partial is None:
             partial = route
-    return access_of(partial) if partial is not None else Access.USER
+    return partial
+
+
+def endpoint_of(scope: Scope) -> object:
+    """The endpoint that will answer this request; None for a path without a route, or a mounted app."""
+    return scope.get(_ENDPOINT)
 
 
 @dataclass(frozen=True)
@@ -138,8 +145,12 @@ class AccessControl:
             await send({"type": "websocket.close", "code": 1008})
             return
         if scope["type"] == "http":
+            route = matching_route(self._routes, scope)
+            scope[_ENDPOINT] = getattr(route, "endpoint", None)
+            # A path without a route is a 404 for those who hold a key, and says nothing to others.
+            level = Access.USER if route is None else access_of(scope[_ENDPOINT])
             try:
-                self._keys.check(required_access(self._routes, scope), Headers(scope=scope))
+                self._keys.check(level, Headers(scope=scope))
             except ApiError as error:
                 await error_response(error)(scope, receive, send)
                 return

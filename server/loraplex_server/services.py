@@ -10,6 +10,7 @@ from loraplex_adapters.registry import AdapterRegistry
 from loraplex_server.auth import Keys
 from loraplex_server.engine.worker import Worker
 from loraplex_server.observer import NullObserver, RequestObservers
+from loraplex_server.time_limit import TimeLimit
 from loraplex_server.tokenizer import Tokenizer
 
 
@@ -63,3 +64,12 @@ def services_of(request: Request) -> Services:
 
 Uses = Annotated[Services, Depends(services_of)]
 """An endpoint's parameter: ``services: Uses``."""
+
+
+def template_time_of(request: Request) -> TimeLimit:
+    """The time that the app's chat template may take."""
+    limit: TimeLimit = request.app.state.template_time
+    return limit
+
+
+TemplateTime = Annotated[TimeLimit, Depends(template_time_of)]
