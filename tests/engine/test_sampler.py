@@ -48,7 +48,9 @@ PROBS = [0.5, 0.3, 0.15, 0.05]
     ],
 )
 def test_tokens_are_drawn_from_the_filtered_distribution(params: dict[str, float], expected: list[float]) -> None:
-    torch.testing.assert_close(distribution(PROBS, **params), torch.tensor(expected, dtype=torch.float32), atol=0.012, rtol=0)
+    torch.testing.assert_close(
+        distribution(PROBS, **params), torch.tensor(expected, dtype=torch.float32), atol=0.012, rtol=0
+    )
 
 
 def test_a_seed_draws_the_same_tokens_whatever_else_is_in_the_batch() -> None:

@@ -1,0 +1,50 @@
+# Two commands matter on a fresh machine: `make demo` and `make test`. Neither needs a GPU or a model hub.
+PYTHON ?= python3
+# A fixed torch keeps every checkout on the same kernels; any of 2.11 to 2.13 is supported.
+TORCH ?= 2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: help install demo serve test check format bench docs clean
+
+help: ## Say what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 18
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Loraplex needs Python 3.11 or newer; set PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## Set up .venv with everything the project needs
+
+demo: $(READY) ## Serve the embedded demo model, talk to its adapters, upload one more, and exit
+	$(BIN)/loraplex demo
+
+serve: $(READY) ## Serve the embedded demo model with its adapters until Ctrl-C
+	$(BIN)/loraplex demo --keep
+
+test: $(READY) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## Check format, lint, types and the direction of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY) ## Compare with transformers + peft on this machine's CPU
+	$(BIN)/python -m benchmarks.serving_cpu
+
+docs: $(READY) ## Build the documentation into site/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+clean: ## Remove what was made
+	rm -rf $(VENV) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
