@@ -181,7 +181,9 @@ def _unpack_zip(file: BinaryIO, packed_bytes: int, intake: _Intake) -> None:
                 raise _unsafe(info.filename, "it is encrypted")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _unsafe(info.filename, "it is neither stored nor deflated")
-            if info.is_dir():
+            if not info.filename:
+                raise _unsafe(info.orig_filename, "it has no name")
+            if info.filename.endswith("/"):
                 intake.directory(info.filename)
                 continue
             with archive.open(info) as member:

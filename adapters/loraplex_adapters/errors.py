@@ -36,7 +36,7 @@ class WrongBase(InvalidAdapter):
 
 
 class AdapterTooLarge(AdapterError):
-    """More bytes, files or tensors than allowed (413)."""
+    """More bytes or files than allowed (413)."""
 
     default_code = "adapter_too_large"
 

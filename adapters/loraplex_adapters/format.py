@@ -84,7 +84,7 @@ class AdapterLayout:
 def read(directory: Path, base: BaseShape) -> AdapterWeights:
     """Read a PEFT LoRA directory, checking every tensor against ``base``.
 
-    Raises: InvalidAdapter, UnsupportedAdapter, WrongBase or AdapterTooLarge with the reason.
+    Raises: InvalidAdapter, UnsupportedAdapter or WrongBase with the reason.
     """
     layout = read_layout(directory)
     check_base(layout, base)

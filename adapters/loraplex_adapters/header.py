@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsupportedAdapter
+from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter
 
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 10_000
@@ -30,7 +30,7 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, every offset checked against the file's real size.
 
-    Raises: InvalidAdapter, UnsupportedAdapter or AdapterTooLarge with the reason.
+    Raises: InvalidAdapter or UnsupportedAdapter with the reason.
     Source: the safetensors format; stricter than its library: at most 1 MiB of header and 10,000 tensors.
     """
     with path.open("rb") as file:
@@ -40,7 +40,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _broken(path, f"it has {size} bytes, fewer than the 8 that every safetensors file begins with")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
-            raise AdapterTooLarge(
+            raise InvalidAdapter(
                 f"{path.name} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed. "
                 "A LoRA adapter's header takes some 100 bytes a tensor: save it again with peft.",
                 code="header_too_large",
@@ -66,7 +66,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise _broken(path, "its __metadata__ is not a JSON object")
     if len(header) > MAX_TENSORS:
-        raise AdapterTooLarge(
+        raise InvalidAdapter(
             f"{path.name} holds {len(header)} tensors; at most {MAX_TENSORS} are allowed.", code="too_many_tensors"
         )
     return header

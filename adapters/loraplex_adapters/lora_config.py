@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_adapters.base import LINEARS, BaseShape, ModuleKey, module_path
-from loraplex_adapters.errors import AdapterTooLarge, InvalidAdapter, UnsupportedAdapter
+from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from loraplex_adapters.patterns import ModulePatterns
 
 CONFIG_NAME = "adapter_config.json"
@@ -143,7 +143,7 @@ def read_config(directory: Path) -> LoraConfig:
     except (FileNotFoundError, IsADirectoryError):
         raise missing_config() from None
     if len(raw) > MAX_CONFIG_BYTES:
-        raise AdapterTooLarge(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes.", code="config_too_large")
+        raise InvalidAdapter(f"{CONFIG_NAME} is larger than {MAX_CONFIG_BYTES} bytes.", code="config_too_large")
     try:
         config = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -97,7 +97,7 @@ def test_rolling_back_and_forward(registry: AdapterRegistry) -> None:
     assert registry.update("sql", version=1).digest == A
     assert registry.resolve("sql").digest == A
     assert registry.publish("sql", C, replace=True).version == 3
-    with pytest.raises(AdapterNotFound, match="1 .*2 .*3"):
+    with pytest.raises(AdapterNotFound, match=r"1 .*2 .*3"):
         registry.update("sql", version=4)
 
 
