@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
-from loraplex_server.api.schemas import MAX_TOKENS_FIELD, MAX_TOP_LOGPROBS, Body, GenerationRequest, Refused
+from loraplex_server.api.schemas import MAX_TOKENS_FIELD, MAX_TOP_LOGPROBS, Body, GenerationRequest, Refused, Text
 from loraplex_server.tokenizer import RESERVED_TEMPLATE_VARIABLES
 
 MAX_MESSAGES = 2048
@@ -22,8 +22,11 @@ def _check_template_variables(variables: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("the names of template variables are 1 to 64 of A-Z a-z 0-9 _, no digit first")
         if name in RESERVED_TEMPLATE_VARIABLES:
             raise ValueError(f"the template variable {name} cannot be replaced")
-    # Also finds strings that are no valid Unicode: encode() raises a ValueError for them.
-    if len(json.dumps(variables, ensure_ascii=False).encode()) > MAX_TEMPLATE_VARIABLES_BYTES:
+    try:
+        num_bytes = len(json.dumps(variables, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise ValueError("a template variable is not valid Unicode: it has half of a surrogate pair") from None
+    if num_bytes > MAX_TEMPLATE_VARIABLES_BYTES:
         raise ValueError(f"template variables may have {MAX_TEMPLATE_VARIABLES_BYTES} bytes as JSON")
     return variables
 
@@ -35,15 +38,15 @@ class TextPart(Body):
     """A part of a message. Images, audio and files are not supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Body):
     """One message. ``developer`` is another name of ``system``; several text parts are joined by line breaks."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)] | None = None
-    name: Annotated[str, StringConstraints(max_length=128)] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    name: Annotated[Text, StringConstraints(max_length=128)] | None = None
 
     # What earlier answers carry when they are sent back as they came.
     refusal: Refused = None

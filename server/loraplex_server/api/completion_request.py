@@ -4,16 +4,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from loraplex_server.api.schemas import MAX_TOKENS_FIELD, MAX_TOP_LOGPROBS, GenerationRequest, Refused, TokenId
+from loraplex_server.api.schemas import MAX_TOKENS_FIELD, MAX_TOP_LOGPROBS, GenerationRequest, Refused, Text, TokenId
 
 MAX_PROMPTS = 256
 DEFAULT_MAX_TOKENS = 16
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = (
-    str
+    Text
     | TokenIds
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 )
 

@@ -21,11 +21,23 @@ def _refuse(value: Any) -> Any:
 Refused = Annotated[Any, AfterValidator(_refuse)]
 """A field of OpenAI's that this server cannot honor: null, or a 400 that names it."""
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+def _valid_unicode(text: str) -> str:
+    # JSON can spell half of a surrogate pair; such a string cannot be encoded, by the tokenizer or anyone.
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("this is not valid Unicode: it has half of a surrogate pair") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_valid_unicode)]
+StopString = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-ModelName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-Label = Annotated[str, StringConstraints(max_length=512)]
-LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
+ModelName = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
+Label = Annotated[Text, StringConstraints(max_length=512)]
+LogitBias = Annotated[dict[Text, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=300)]
 
 
 class Body(BaseModel):
@@ -43,7 +55,7 @@ class StreamOptions(Body):
 class AdapterWeight(Body):
     """One part of a mix of adapters."""
 
-    name: str
+    name: Text
     weight: float = 1.0
 
 

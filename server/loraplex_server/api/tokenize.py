@@ -7,7 +7,7 @@ from pydantic import Field
 
 from loraplex_server.api.chat_request import Messages, TemplateVariables
 from loraplex_server.api.prompt import check_ids, encode_chat, encode_text
-from loraplex_server.api.schemas import Body, ModelName, TokenId
+from loraplex_server.api.schemas import Body, ModelName, Text, TokenId
 from loraplex_server.api.target import target_of
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
@@ -25,7 +25,7 @@ class TokenizeRequest(Body):
     """
 
     model: ModelName | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
