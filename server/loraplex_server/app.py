@@ -9,16 +9,27 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_server.api import chat, completions, health, models, tokenize
+from loraplex_server.api import adapters, chat, completions, health, models, tokenize, vllm_adapters
+from loraplex_server.api.adapter_changes import AdapterChanges
 from loraplex_server.api.body_limit import BodyLimit
 from loraplex_server.api.request_log import RequestLog, note_failure
+from loraplex_server.api.scrape import scrape_router
 from loraplex_server.auth import AccessControl
 from loraplex_server.engine.worker import EngineCallFailed, EngineStopped, QueueFull
 from loraplex_server.errors import ApiError, error_response
+from loraplex_server.metrics import Metrics
 from loraplex_server.services import Services
 from loraplex_server.time_limit import TimeLimit
 
-_ROUTERS = (chat.router, completions.router, models.router, tokenize.router, health.router)
+_ROUTERS = (
+    chat.router,
+    completions.router,
+    models.router,
+    tokenize.router,
+    health.router,
+    adapters.router,
+    vllm_adapters.router,
+)
 
 # All that endpoints raise on purpose. What else they raise is answered and logged by RequestLog.
 _EXPECTED = (ApiError, AdapterError, QueueFull, EngineStopped, EngineCallFailed, RequestValidationError, HTTPException)
@@ -39,7 +50,11 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     app.state.template_time = TimeLimit(services.limits.template_timeout_s)
-    for router in _ROUTERS:
+    app.state.adapter_changes = AdapterChanges()
+    routers = [*_ROUTERS]
+    if isinstance(services.metrics, Metrics) and services.metrics_access is not None:
+        routers.append(scrape_router(services.metrics, services.metrics_access))
+    for router in routers:
         # One flat table: the keys are checked on the very routes that answer.
         app.router.routes.extend(router.routes)
     for expected in _EXPECTED:

@@ -7,7 +7,7 @@ from fastapi import Depends, Request
 
 from loraplex_adapters.install import AdapterInstaller
 from loraplex_adapters.registry import AdapterRegistry
-from loraplex_server.auth import Keys
+from loraplex_server.auth import Access, Keys
 from loraplex_server.engine.worker import Worker
 from loraplex_server.observer import NullObserver, RequestObservers
 from loraplex_server.time_limit import TimeLimit
@@ -44,7 +44,10 @@ class HttpLimits:
 
 @dataclass(frozen=True)
 class Services:
-    """Everything an endpoint may use. ``metrics`` watches each generation request."""
+    """Everything an endpoint may use.
+
+    ``metrics`` watches each generation request. ``metrics_access``: who may read /metrics, None for nobody.
+    """
 
     worker: Worker
     registry: AdapterRegistry
@@ -53,6 +56,7 @@ class Services:
     base: BaseModel
     keys: Keys = field(default_factory=Keys)
     metrics: RequestObservers = field(default_factory=NullObserver)
+    metrics_access: Access | None = Access.OPEN
     limits: HttpLimits = field(default_factory=HttpLimits)
 
 
