@@ -123,7 +123,7 @@ class Keys:
 
     def _check_keyless_admin(self, headers: Headers) -> None:
         # A web page can make a browser on this machine call us; it cannot forge these two headers.
-        if self.loopback and _is_local(headers.get("host", "")) and _is_local_origin(headers.get("origin")):
+        if self.loopback and is_loopback(headers.get("host", "")) and _is_local_origin(headers.get("origin")):
             return
         raise ApiError(
             "Admin calls need an admin key: start the server with --admin-key, or bind it to 127.0.0.1 and call it there.",
@@ -181,7 +181,8 @@ def _offered_keys(headers: Headers) -> list[bytes]:
     return keys
 
 
-def _is_local(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """True for an address (or Host header) that only this machine can mean."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ip_address(name).is_loopback
@@ -190,4 +191,4 @@ def _is_local(host: str) -> bool:
 
 
 def _is_local_origin(origin: str | None) -> bool:
-    return origin is None or _is_local(origin.partition("://")[2])
+    return origin is None or is_loopback(origin.partition("://")[2])
