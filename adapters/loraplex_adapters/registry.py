@@ -1,24 +1,21 @@
 """Names, versions and aliases of adapters: the one mutable truth, in sqlite, surviving restarts and kills."""
 
-import difflib
-import itertools
 import re
 import sqlite3
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraplex_adapters.errors import AdapterNameTaken, AdapterNotFound, AdapterPinned, InvalidAdapter, StoreFull
+from loraplex_adapters.names import Adapter, AdapterVersion, NameEntry, Names
+
+__all__ = ["MODES", "Adapter", "AdapterRegistry", "AdapterVersion"]
 
 MODES = ("auto", "unmerged", "merged")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._:/-]{0,127}")
-_MAX_SELECTOR_CHARS = 256
-_MAX_NAMES_COMPARED = 1_000
-_MIN_DIGEST_PREFIX = 4
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS adapters (
   name TEXT PRIMARY KEY, version INTEGER NOT NULL, pinned INTEGER NOT NULL, default_mode TEXT NOT NULL,
@@ -32,49 +29,6 @@ CREATE TABLE IF NOT EXISTS aliases (
   alias TEXT PRIMARY KEY, name TEXT NOT NULL REFERENCES adapters(name) ON DELETE CASCADE
 ) STRICT;
 """
-
-
-@dataclass(frozen=True)
-class AdapterVersion:
-    """One content that a name has stood for. ``created_at`` is Unix time in seconds."""
-
-    version: int
-    digest: str
-    created_at: float
-    source: str | None
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A name and the version of it that answers. Times are Unix times in seconds."""
-
-    name: str
-    digest: str
-    version: int
-    pinned: bool
-    default_mode: str
-    created_at: float
-    updated_at: float
-    source: str | None
-    aliases: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Entry:
-    adapter: Adapter
-    versions: tuple[AdapterVersion, ...]
-
-
-@dataclass(frozen=True)
-class _Snapshot:
-    """All names at one moment. Readers take it without a lock; writers replace it."""
-
-    entries: Mapping[str, _Entry]
-    aliases: Mapping[str, str]
-
-    def find(self, name: str) -> _Entry | None:
-        return self.entries.get(self.aliases.get(name, name))
-
 
 _Adapters = list[Adapter]
 _Versions = list[AdapterVersion]
@@ -95,7 +49,7 @@ class AdapterRegistry:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
-        self._snapshot = self._load_all()
+        self._names = self._load_all()
 
     def close(self) -> None:
         with self._lock:
@@ -108,31 +62,19 @@ class AdapterRegistry:
 
         Raises: AdapterNotFound, naming close names.
         """
-        snapshot = self._snapshot
-        name, _, wanted = selector.partition("@")
-        entry = snapshot.find(name)
-        if entry is None or len(selector) > _MAX_SELECTOR_CHARS:
-            raise _unknown(snapshot, selector)
-        if "@" not in selector:
-            return entry.adapter
-        version = _select(entry, wanted)
-        return replace(entry.adapter, digest=version.digest, version=version.version, source=version.source)
+        return self._names.resolve(selector)
 
     def versions(self, name: str) -> _Versions:
         """All versions of a name, oldest first. Raises AdapterNotFound."""
-        snapshot = self._snapshot
-        entry = snapshot.find(name)
-        if entry is None:
-            raise _unknown(snapshot, name)
-        return [*entry.versions]
+        return [*self._names.entry(name).versions]
 
     def list(self) -> _Adapters:
         """All adapters by name."""
-        return [entry.adapter for _, entry in sorted(self._snapshot.entries.items())]
+        return [entry.adapter for _, entry in sorted(self._names.entries.items())]
 
     def digests_in_use(self) -> set[str]:
         """The digests of all versions of all names."""
-        return {version.digest for entry in self._snapshot.entries.values() for version in entry.versions}
+        return {version.digest for entry in self._names.entries.values() for version in entry.versions}
 
     def check_name(self, name: str) -> None:
         """Raise InvalidAdapter or AdapterNameTaken unless ``name`` may be published."""
@@ -144,7 +86,7 @@ class AdapterRegistry:
             )
         if name in self._reserved:
             raise AdapterNameTaken(f"{name!r} is the base model's name; choose another.")
-        if owner := self._snapshot.aliases.get(name):
+        if owner := self._names.aliases.get(name):
             raise AdapterNameTaken(f"{name!r} is an alias of {owner!r}; choose another name or drop the alias.")
 
     # Writes
@@ -158,7 +100,7 @@ class AdapterRegistry:
         """
         with self._lock:
             self.check_name(name)
-            entry = self._snapshot.entries.get(name)
+            entry = self._names.entries.get(name)
             if entry is not None and entry.adapter.digest == digest:
                 return entry.adapter if pinned is None else self.update(name, pinned=pinned)
             if entry is not None and not replace:
@@ -191,16 +133,16 @@ class AdapterRegistry:
         Raises: AdapterNotFound, AdapterNameTaken (the alias stands for something else), InvalidAdapter.
         """
         with self._lock:
-            entry = self._own(name)
+            entry = self._names.entry(name)
             name = entry.adapter.name
             if default_mode is not None and default_mode not in MODES:
                 raise InvalidAdapter(f"default_mode must be one of {', '.join(MODES)}.", code="mode_invalid")
             if version is not None:
-                _select(entry, str(version), only_version=True)
-            new_alias = alias is not None and self._snapshot.aliases.get(alias) != name
+                entry.select(str(version), only_version=True)
+            new_alias = alias is not None and self._names.aliases.get(alias) != name
             if alias is not None and new_alias:
                 self.check_name(alias)
-                if alias in self._snapshot.entries:
+                if alias in self._names.entries:
                     raise AdapterNameTaken(f"{alias!r} is an adapter's name already and cannot be an alias.")
             with self._transaction() as db:
                 db.execute(
@@ -215,7 +157,7 @@ class AdapterRegistry:
     def drop_alias(self, alias: str) -> Adapter:
         """Remove an alias; the adapter it stood for. Raises AdapterNotFound."""
         with self._lock:
-            name = self._snapshot.aliases.get(alias)
+            name = self._names.aliases.get(alias)
             if name is None:
                 raise AdapterNotFound(f"{alias[:140]!r} is not an alias.")
             with self._transaction() as db:
@@ -228,21 +170,15 @@ class AdapterRegistry:
         Raises: AdapterNotFound, AdapterPinned.
         """
         with self._lock:
-            adapter = self._own(name).adapter
+            adapter = self._names.entry(name).adapter
             if adapter.pinned:
                 raise AdapterPinned(f"{adapter.name!r} is pinned; unpin it before you retire it.")
             with self._transaction() as db:
                 db.execute("DELETE FROM adapters WHERE name = ?", (adapter.name,))
-            self._replace(adapter.name, None)
+            self._names = self._names.replaced(adapter.name, None)
             return adapter
 
     # Inside
-
-    def _own(self, name: str) -> _Entry:
-        entry = self._snapshot.find(name)
-        if entry is None:
-            raise _unknown(self._snapshot, name)
-        return entry
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -257,12 +193,12 @@ class AdapterRegistry:
                 raise StoreFull("The disk of the adapter registry is full; delete adapters or make room.") from error
             raise
 
-    def _load_all(self) -> _Snapshot:
+    def _load_all(self) -> Names:
         names = [name for (name,) in self._db.execute("SELECT name FROM adapters")]
         entries = {name: self._load(name) for name in names}
-        return _Snapshot(entries, dict(self._db.execute("SELECT alias, name FROM aliases")))
+        return Names(entries, dict(self._db.execute("SELECT alias, name FROM aliases")))
 
-    def _load(self, name: str) -> _Entry:
+    def _load(self, name: str) -> NameEntry:
         version, pinned, mode, created_at, updated_at = self._db.execute(
             "SELECT version, pinned, default_mode, created_at, updated_at FROM adapters WHERE name = ?", (name,)
         ).fetchone()
@@ -283,43 +219,10 @@ class AdapterRegistry:
             source=current.source,
             aliases=tuple(alias for (alias,) in aliases),
         )
-        return _Entry(adapter, versions)
+        return NameEntry(adapter, versions)
 
     def _refresh(self, name: str) -> Adapter:
         """Show readers what the database now says about ``name``."""
         entry = self._load(name)
-        self._replace(name, entry)
+        self._names = self._names.replaced(name, entry)
         return entry.adapter
-
-    def _replace(self, name: str, entry: _Entry | None) -> None:
-        entries = {**self._snapshot.entries}
-        aliases = {alias: owner for alias, owner in self._snapshot.aliases.items() if owner != name}
-        if entry is None:
-            del entries[name]
-        else:
-            entries[name] = entry
-            aliases |= dict.fromkeys(entry.adapter.aliases, name)
-        self._snapshot = _Snapshot(entries, aliases)
-
-
-def _select(entry: _Entry, wanted: str, *, only_version: bool = False) -> AdapterVersion:
-    """The version that a number or a digest's first characters (four at least) name."""
-    for version in entry.versions:
-        if str(version.version) == wanted:
-            return version
-    if not only_version and len(wanted) >= _MIN_DIGEST_PREFIX:
-        found = {v.digest: v for v in entry.versions if v.digest.startswith(wanted.lower())}
-        if len(found) == 1:
-            return next(iter(found.values()))
-    known = ", ".join(f"{v.version} ({v.digest[:12]})" for v in entry.versions[-10:])
-    raise AdapterNotFound(
-        f"{entry.adapter.name!r} has no version {wanted[:64]!r}; it has {known}.", code="version_not_found"
-    )
-
-
-def _unknown(snapshot: _Snapshot, name: str) -> AdapterNotFound:
-    shown = name[:140]
-    names = list(itertools.islice(itertools.chain(snapshot.entries, snapshot.aliases), _MAX_NAMES_COMPARED))
-    close = difflib.get_close_matches(shown, names, n=3)
-    hint = f" Did you mean {' or '.join(repr(match) for match in close)}?" if close else ""
-    return AdapterNotFound(f"There is no adapter named {shown!r}.{hint}")
