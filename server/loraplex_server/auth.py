@@ -183,6 +183,8 @@ def _offered_keys(headers: Headers) -> list[bytes]:
 
 def is_loopback(host: str) -> bool:
     """True for an address (or Host header) that only this machine can mean."""
+    if host.count(":") > 1 and not host.startswith("["):
+        host = f"[{host}]"  # a bare IPv6 address
     try:
         name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ip_address(name).is_loopback

@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from loraplex_client import AsyncLoraplex
 
 START_TIMEOUT_S = 120.0
-# Metrics that show what the demo did, as the start of their lines.
-_TOLD_METRICS = (
-    "loraplex_requests_total",
-    "loraplex_time_to_first_token_seconds_count",
-    "loraplex_time_to_first_token_seconds_sum",
-    "loraplex_adapter_load_seconds_sum",
-)
 
 
 @dataclass(frozen=True)
@@ -152,11 +145,7 @@ async def _show(console: Console, url: str, prompt: str | None) -> bool:
         except LoraplexError as error:
             console.print(f"[red]error: {error}[/]")
             return True
-    console.print("\nWhat Prometheus saw [dim](GET /metrics)[/]:")
-    told = [line for line in metrics.splitlines() if line.startswith(_TOLD_METRICS)]
-    for line in told:
-        console.print(f"  {line}", markup=False, highlight=False)
-    return not told
+    return not _print_metrics(console, metrics)
 
 
 async def _ask(client: AsyncLoraplex, model: str, question: str) -> Reply:
@@ -185,6 +174,33 @@ def _print_replies(console: Console, title: str, replies: list[Reply]) -> None:
         times = (f"{reply.first_token_ms:.0f} ms", f"{reply.total_ms:.0f} ms")
         table.add_row(reply.model, Text(reply.text), *times)
     console.print(table)
+
+
+def _print_metrics(console: Console, exposition: str) -> bool:
+    """What the server counted, by adapter; False if it counted nothing."""
+    from prometheus_client.parser import text_string_to_metric_families
+    from rich.table import Table
+
+    sums: dict[tuple[str, str, str], float] = {}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            key = (sample.labels.get("adapter", ""), sample.labels.get("mode", ""), sample.name)
+            sums[key] = sums.get(key, 0.0) + sample.value
+    table = Table(title="\nWhat Prometheus saw (GET /metrics), before the unload", title_justify="left")
+    for column in ("adapter", "mode"):
+        table.add_column(column, style="bold")
+    for column in ("requests", "tokens out", "mean time to first token"):
+        table.add_column(column, justify="right")
+    counted = [(adapter, mode) for adapter, mode, name in sums if name == "loraplex_requests_total"]
+    for adapter, mode in counted:
+        count, total = (
+            sums[adapter, mode, f"loraplex_time_to_first_token_seconds_{part}"] for part in ("count", "sum")
+        )
+        tokens = sums.get((adapter, mode, "loraplex_output_tokens_total"), 0)
+        requests = sums[adapter, mode, "loraplex_requests_total"]
+        table.add_row(adapter, mode, f"{requests:.0f}", f"{tokens:.0f}", f"{total / max(count, 1) * 1e3:.0f} ms")
+    console.print(table)
+    return bool(counted)
 
 
 def _wait(console: Console, url: str) -> None:

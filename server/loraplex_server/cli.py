@@ -1,0 +1,28 @@
+"""The ``loraplex`` command."""
+
+import typer
+
+from loraplex_server.commands.adapters import adapters_app
+from loraplex_server.commands.chat import chat
+from loraplex_server.commands.demo import demo
+from loraplex_server.commands.serve import serve_command
+
+app = typer.Typer(
+    name="loraplex",
+    help="One base model in NF4, many LoRA adapters, one OpenAI-style API.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve_command())
+app.command()(demo)
+app.command()(chat)
+app.add_typer(adapters_app, name="adapters")
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Puts a server together: base, adapters, engine, HTTP; runs it, and drains it when asked to stop."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import structlog
+import torch
+import uvicorn
+from fastapi import FastAPI
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.install import AdapterInstaller
+from loraplex_adapters.registry import AdapterRegistry
+from loraplex_adapters.sources import AdapterSources
+from loraplex_adapters.store import AdapterStore
+from loraplex_server.app import create_app
+from loraplex_server.auth import Keys, is_loopback
+from loraplex_server.engine.engine import Engine, EngineLimits
+from loraplex_server.engine.messages import Pin, Warm
+from loraplex_server.engine.worker import Worker
+from loraplex_server.memory_plan import GIB, inspect, plan_memory
+from loraplex_server.metrics import Metrics, adapter_names
+from loraplex_server.model.decoder import Decoder
+from loraplex_server.model.loader import Progress, load
+from loraplex_server.model.source import resolve
+from loraplex_server.server_config import AdapterConfig, ModelConfig, ServerConfig
+from loraplex_server.services import BaseModel, HttpLimits, Services
+from loraplex_server.tokenizer import Tokenizer
+
+_log = structlog.get_logger("loraplex")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class StartError(Exception):
+    """The server cannot start as it was told to; the message says why and what to change."""
+
+
+def serve(config: ServerConfig, progress: Progress | None = None) -> None:
+    """Load, listen, and return after SIGTERM or SIGINT, once running requests have ended.
+
+    Raises: StartError, ModelError, AdapterError, TooLittleMemory.
+    """
+    services = build_services(config, progress)
+    app = create_app(services)
+    server = DrainingServer(app, services.worker, config)
+    server.run()
+
+
+def build_services(config: ServerConfig, progress: Progress | None = None) -> Services:
+    """Everything behind the HTTP routes; the engine itself starts with the app."""
+    folder = resolve(config.model.model, revision=config.model.revision, token=os.environ.get("HF_TOKEN"))
+    tokenizer = _load_tokenizer(folder, config.model)
+    device = _pick_device(config.model.device)
+    started = time.perf_counter()
+    decoder = load(
+        folder,
+        device=device,
+        dtype=_DTYPES.get(config.model.dtype),
+        quantization=config.model.quantization,
+        load_format=config.model.load_format,
+        progress=progress,
+    )
+    _log.info(
+        "base loaded",
+        model=config.model.model,
+        device=str(device),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        quantization=config.model.quantization,
+        gib=round(decoder.weight_bytes / GIB, 2),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    machine = inspect(device, config.engine.gpu_memory_utilization)
+    limits = plan_memory(config.engine, decoder.spec, decoder.dtype, device, machine, config.model.max_model_len)
+    installer = _open_adapters(config.adapters, decoder, config.model.names)
+    registry = installer.registry
+    metrics = Metrics(
+        model_name=config.model.names[0],
+        names=lambda: adapter_names(registry),
+        max_adapters=config.metrics.max_adapters,
+    )
+    warm = _preload(installer, config.adapters)
+    worker = Worker(
+        _engine_builder(decoder, installer, limits, warm),
+        max_model_len=limits.max_model_len,
+        max_waiting=config.engine.max_waiting,
+        max_waiting_tokens=config.engine.max_waiting_tokens,
+        on_report=metrics.on_report,
+    )
+    return Services(
+        worker=worker,
+        registry=registry,
+        installer=installer,
+        tokenizer=tokenizer,
+        base=BaseModel(
+            names=config.model.names,
+            root=config.model.model,
+            fingerprint=decoder.fingerprint,
+            vocab_size=decoder.spec.vocab_size,
+            created_at=int(time.time()),
+        ),
+        keys=Keys(config.http.api_keys, config.http.admin_keys, loopback=is_loopback(config.http.host)),
+        metrics=metrics,
+        limits=HttpLimits(max_body_bytes=config.http.max_body_bytes, drain_timeout_s=config.http.drain_timeout_s),
+    )
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, except that the first signal drains: the port stays open and /ready says 503 until the running requests
+    have ended. A second signal stops at once."""
+
+    def __init__(self, app: FastAPI, worker: Worker, config: ServerConfig) -> None:
+        http = config.http
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=http.host,
+                port=http.port,
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                h11_max_incomplete_event_size=64 << 10,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._worker = worker
+        self._drain_timeout_s = http.drain_timeout_s
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)  # type: ignore[arg-type]
+        for server in self.servers:
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
+                _log.info("ready", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        if self._draining is None:
+            _log.info("draining", seconds=self._drain_timeout_s)
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        ended = await self._worker.drain(self._drain_timeout_s)
+        if not ended:
+            _log.warning("requests still run at the end of the drain timeout; they are cut off")
+            await self._worker.stop()
+        self.should_exit = True
+
+
+def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    try:
+        return Tokenizer.load(folder, config.chat_template)
+    except (OSError, ValueError) as error:
+        raise StartError(f"the tokenizer of {config.model} cannot be used: {error}") from error
+
+
+def _pick_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise StartError("--device cuda: torch finds no CUDA device here; use --device cpu, or a torch built for CUDA")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _open_adapters(config: AdapterConfig, decoder: Decoder, base_names: tuple[str, ...]) -> AdapterInstaller:
+    """The store and the registry of the data directory. Raises StartError if they belong to another base."""
+    base = decoder.base_shape
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    registry = AdapterRegistry(config.data_dir / "registry.sqlite", reserved=base_names)
+    store = AdapterStore(config.data_dir)
+    used = registry.digests_in_use()
+    store.sweep(used)
+    for adapter in registry.list():
+        made_for = store.manifest(adapter.digest).base_fingerprint
+        if made_for != base.fingerprint:
+            raise StartError(
+                f"the data directory {config.data_dir} holds adapters of another base ({adapter.name!r} was stored for "
+                f"{made_for[:12]}, this base is {base.fingerprint[:12]}); give this base a --data-dir of its own"
+            )
+        if adapter.name in base_names:
+            raise StartError(
+                f"{adapter.name!r} is both the base's name and a stored adapter's; choose another --served-model-name"
+            )
+    sources = AdapterSources(
+        config.roots, os.environ.get("HF_TOKEN"), max_bytes=config.max_bytes, allow_hub=config.allow_hub
+    )
+    return AdapterInstaller(store, registry, sources, base)
+
+
+def _preload(installer: AdapterInstaller, config: AdapterConfig) -> list[tuple[str, bool]]:
+    """Install what the command line names; the digests to bring in at start, and whether each is pinned."""
+    digests: dict[str, bool] = {}
+    for name, source in config.preloaded:
+        try:
+            if source.startswith("hf://"):
+                adapter, _, new = installer.install_source(name, source, replace=True)
+            else:
+                adapter, _, new = installer.install_path(name, Path(source).expanduser(), replace=True)
+        except AdapterError as error:
+            raise StartError(f"--adapter {name}={source}: {error}") from error
+        _log.info("adapter", name=name, version=adapter.version, new=new, digest=adapter.digest[:12])
+        digests[adapter.digest] = adapter.pinned
+    for adapter in installer.registry.list():
+        if adapter.pinned:
+            digests[adapter.digest] = True
+    installer.discard_unused()
+    return list(digests.items())
+
+
+def _engine_builder(
+    decoder: Decoder, installer: AdapterInstaller, limits: EngineLimits, warm: list[tuple[str, bool]]
+) -> Callable[[Callable[[], None]], Engine]:
+    def build(wake: Callable[[], None]) -> Engine:
+        eos_ids = frozenset(decoder.spec.eos_token_ids)
+        engine = Engine(decoder, installer.base, installer.store.open, limits, eos_ids, wake=wake)
+        for ticket, (digest, pinned) in enumerate(warm, start=1):
+            if pinned:
+                engine.handle(Pin(digest, True))
+            # Nobody waits for these; tickets of callers count from zero up.
+            engine.handle(Warm(-ticket, digest))
+        _log.info(
+            "engine",
+            max_model_len=limits.max_model_len,
+            kv_tokens=(limits.kv_blocks - 1) * limits.block_size,
+            adapter_gib=round(limits.adapter_bytes / GIB, 2),
+            max_running=limits.max_running,
+        )
+        return engine
+
+    return build
