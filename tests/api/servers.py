@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from fastapi import FastAPI
 
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_server.app import create_app
@@ -88,9 +89,9 @@ def scripted_services(
 
 
 @contextmanager
-def serve(services: Services) -> Iterator[Server]:
-    """A server for these services until the end of the block."""
-    config = uvicorn.Config(create_app(services), host="127.0.0.1", port=0, log_config=None, lifespan="on")
+def serve(services: Services, app: FastAPI | None = None) -> Iterator[Server]:
+    """A server for these services until the end of the block; ``app`` if a test has changed theirs."""
+    config = uvicorn.Config(app or create_app(services), host="127.0.0.1", port=0, log_config=None, lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()
