@@ -105,14 +105,14 @@ def _join(
     partial_ptr, lse_ptr, out_ptr, head_row, num_splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MAX_SPLITS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of one key head by their sums of exponentials, eight at a time, in order."""
+    """Weigh the splits of one key head by their sums of exponentials, four at a time, in order."""
     col = tl.arange(0, COLS)
     inside = col < GROUP * HEAD_DIM
     highest = tl.full([COLS], float("-inf"), tl.float32)
     total = tl.zeros([COLS], tl.float32)
     acc = tl.zeros([COLS], tl.float32)
-    for start in range(0, num_splits, 8):
-        split = start + tl.arange(0, 8)
+    for start in range(0, num_splits, 4):
+        split = start + tl.arange(0, 4)
         mask = (split < num_splits)[:, None] & inside[None, :]
         part = (head_row * MAX_SPLITS + split[:, None]) * GROUP
         # Past the first-level cache: other multiprocessors wrote these.
