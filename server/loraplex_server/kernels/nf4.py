@@ -75,6 +75,12 @@ class Nf4Gemm:
         """Bytes on the device."""
         return self._repacked.num_bytes if self._repacked else sum(part.num_bytes for part in self._parts)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor on the device."""
+        if self._repacked is not None:
+            return (self._repacked.data,)
+        return tuple(tensor for part in self._parts for tensor in part.tensors().values())
+
     def unpack(self) -> tuple[Nf4Weight, ...]:
         """The parts in bitsandbytes' form, bit for bit."""
         return self._repacked.unpack() if self._repacked else self._parts

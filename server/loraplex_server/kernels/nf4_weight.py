@@ -111,7 +111,7 @@ class Nf4Weight:
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors of this form."""
-        return sum(part.numel() * part.element_size() for part in self._tensors().values())
+        return sum(part.numel() * part.element_size() for part in self.tensors().values())
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +128,7 @@ class Nf4Weight:
 
     def host_statistics(self) -> dict[str, Tensor]:
         """Every tensor but the codes, on the host, by field name."""
-        return {name: part.cpu() for name, part in self._tensors().items() if name != "packed"}
+        return {name: part.cpu() for name, part in self.tensors().items() if name != "packed"}
 
     def quant_state(self, dtype: torch.dtype) -> Any:
         """The bitsandbytes ``QuantState`` that, with ``packed``, stands for this matrix in ``dtype``."""
@@ -151,10 +151,11 @@ class Nf4Weight:
 
     def to(self, device: torch.device | str) -> Nf4Weight:
         """The same matrix on another device."""
-        moved = {name: part.to(device) for name, part in self._tensors().items()}
+        moved = {name: part.to(device) for name, part in self.tensors().items()}
         return Nf4Weight(shape=self.shape, **moved)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of this form by its field's name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: part for name, part in found.items() if isinstance(part, Tensor)}
 

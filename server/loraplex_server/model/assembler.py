@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from loraplex_server.kernels.nf4 import Nf4Weight
+from loraplex_server.kernels.nf4 import Nf4Gemm, Nf4Weight
 from loraplex_server.model.adapters import GROUPS
 from loraplex_server.model.decoder import Decoder, DecoderLayer
 from loraplex_server.model.linear import DenseLinear, GroupLinear, Nf4Linear
@@ -27,8 +27,8 @@ class TensorSource(Protocol):
 class Assembler:
     """Builds the decoder of one source.
 
-    On a CPU NF4 weights are kept expanded: rounded through NF4, then held in the compute dtype, because a CPU
-    multiplies packed codes slowly. The values are the same.
+    NF4 weights stay packed on a GPU that computes in 16 bits. Elsewhere they are kept expanded: rounded through NF4,
+    then held in the compute dtype, because packed codes would be multiplied slowly. The values are the same.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Assembler:
         self._dtype = dtype
         # What a checkpoint that was quantized before left dense stays dense.
         self._quantize = quantization == "nf4" and not any(name.endswith(".absmax") for name in self._names)
-        self._keep_packed = device.type != "cpu"
+        self._keep_packed = device.type == "cuda" and dtype.itemsize == 2
 
     def build(self, fingerprint: str) -> Decoder:
         """Take every tensor of the source. Raises: BadCheckpoint."""
@@ -56,7 +56,7 @@ class Assembler:
         layers = tuple(self._layer(index) for index in range(spec.num_layers))
         norm = self._vector(NORM)
         head = embed if spec.tie_word_embeddings else self._expanded(self._stored(HEAD, vocab))
-        return Decoder(spec, embed=embed, layers=layers, norm=norm, head=head, fingerprint=fingerprint)
+        return Decoder(spec, embed=embed, layers=layers, norm=norm, head=DenseLinear(head), fingerprint=fingerprint)
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}."
@@ -84,7 +84,7 @@ class Assembler:
         bias = torch.cat(biases) if biases else None
         packed = tuple(part for part in parts if isinstance(part, Nf4Weight))
         if len(packed) == len(parts):
-            return Nf4Linear(packed, bias)
+            return Nf4Linear(Nf4Gemm(packed), bias)
         # Also where a checkpoint left one part of a group unquantized.
         expanded = [self._expanded(part) for part in parts]
         return DenseLinear(expanded[0] if len(expanded) == 1 else torch.cat(expanded), bias)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from loraplex_adapters.base import BaseShape
 from loraplex_server.kernels.activation_ref import silu_mul_ref
@@ -16,7 +16,7 @@ from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.attention import AttentionPlan
 from loraplex_server.model.batch import Batch
 from loraplex_server.model.kv_cache import KVCache
-from loraplex_server.model.linear import GroupLinear, add_adapters
+from loraplex_server.model.linear import DenseLinear, GroupLinear, add_adapters, num_bytes
 from loraplex_server.model.rope import RopeTable
 from loraplex_server.model.spec import ModelSpec
 
@@ -33,6 +33,13 @@ class DecoderLayer:
     gate_up: GroupLinear
     down: GroupLinear
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the layer's base tensors on the device."""
+        norms = [self.input_norm, self.post_norm, *(() if self.qk_norm is None else (self.qk_norm,))]
+        groups = (self.qkv, self.o, self.gate_up, self.down)
+        return sum(map(num_bytes, norms)) + sum(group.num_bytes for group in groups)
+
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Every base tensor of the layer, by name."""
         yield "input_norm", self.input_norm
@@ -40,8 +47,9 @@ class DecoderLayer:
             yield "qk_norm", self.qk_norm
         yield "post_norm", self.post_norm
         for group in ("qkv", "o", "gate_up", "down"):
-            for name, buffer in getattr(self, group).buffers().items():
-                yield f"{group}.{name}", buffer
+            linear: GroupLinear = getattr(self, group)
+            for number, buffer in enumerate(linear.buffers()):
+                yield f"{group}.{number}", buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +67,8 @@ class _Step:
 class Decoder:
     """A base model ready to run. Its weights are never written after loading.
 
-    ``embed`` [V, H] and ``head`` [V, H] are one tensor in models with tied embeddings. ``fingerprint`` identifies the
-    checkpoint and the mathematics, see ``model.fingerprint``.
+    ``embed`` [V, H] and ``head``'s weight are one tensor in models with tied embeddings, except on a CPU, where the head
+    has a faster layout. ``fingerprint`` identifies the checkpoint and the mathematics, see ``model.fingerprint``.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class Decoder:
         embed: Tensor,
         layers: tuple[DecoderLayer, ...],
         norm: Tensor,
-        head: Tensor,
+        head: DenseLinear,
         fingerprint: str,
     ) -> None:
         self.spec = spec
@@ -117,22 +125,25 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token. Shapes: hidden [R, H] as ``forward`` returns it -> [R, V] float32."""
-        return linear(hidden, self._head).float()
+        return self._head(hidden).float()
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the base, by name; tied embeddings appear once."""
+        """Every tensor of the base in its plain layout, by name; a tied head that shares the embedding's is left out."""
         yield "embed", self._embed
         for index, layer in enumerate(self._layers):
             for name, buffer in layer.buffers():
                 yield f"layers.{index}.{name}", buffer
         yield "norm", self._norm
-        if self._head is not self._embed:
-            yield "head", self._head
+        if self._head.weight is not self._embed:
+            for buffer in self._head.buffers():
+                yield "head", buffer
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all base tensors on the device."""
-        return sum(buffer.numel() * buffer.element_size() for _, buffer in self.buffers())
+        plain = [self._embed, self._norm]
+        head = 0 if self._head.weight is self._embed else self._head.num_bytes
+        return sum(map(num_bytes, plain)) + sum(layer.num_bytes for layer in self._layers) + head
 
     def hash_weights(self) -> str:
         """sha256 over every base tensor's name and bytes; equal as long as no weight was written."""
