@@ -36,6 +36,8 @@ class AdapterStore:
         self._incoming = self.root / "incoming"
         for directory in (self.root, self._adapters, self._incoming):
             directory.mkdir(parents=True, exist_ok=True)
+        _sync(self.root)
+        self._manifests: dict[str, Manifest] = {}  # they never change: the digest names the content
 
     @contextmanager
     def stage(self, num_bytes: int = 0) -> Iterator[Path]:
@@ -116,16 +118,29 @@ class AdapterStore:
 
     def open(self, digest: str) -> AdapterWeights:
         """The adapter's factors, memory-mapped. Its content was checked when it came in and is trusted here."""
-        return read_trusted(self.path(digest))
+        path = self.path(digest)
+        try:
+            return read_trusted(path)
+        except (OSError, InvalidAdapter):
+            self.path(digest)  # deleted meanwhile: say that instead
+            raise
 
     def manifest(self, digest: str) -> Manifest:
-        return Manifest.from_json((self.path(digest) / MANIFEST_NAME).read_text(encoding="utf-8"))
+        """What is known of a stored adapter. Raises AdapterNotFound."""
+        manifest = self._manifests.get(digest)
+        if manifest is None:
+            try:
+                text = (self.path(digest) / MANIFEST_NAME).read_text(encoding="utf-8")
+            except FileNotFoundError:
+                raise _not_stored(digest) from None
+            manifest = self._manifests[digest] = Manifest.from_json(text)
+        return manifest
 
     def path(self, digest: str) -> Path:
         """The stored directory. Raises AdapterNotFound."""
         path = self._path(digest)
         if not path.is_dir():
-            raise AdapterNotFound(f"No adapter with digest {digest[:64]!r} is stored.", code="digest_not_found")
+            raise _not_stored(digest)
         return path
 
     def _path(self, digest: str) -> Path:
@@ -140,6 +155,7 @@ class AdapterStore:
             os.rename(self.path(digest), doomed)
         except FileNotFoundError:
             return  # another thread was faster
+        self._manifests.pop(digest, None)
         _sync(self._adapters)
         shutil.rmtree(doomed, ignore_errors=True)
 
@@ -155,6 +171,10 @@ class AdapterStore:
         for digest in removed:
             self.delete(digest)
         return removed
+
+
+def _not_stored(digest: str) -> AdapterNotFound:
+    return AdapterNotFound(f"No adapter with digest {digest[:64]!r} is stored.", code="digest_not_found")
 
 
 def _refuse_pickles(staged: Path) -> None:

@@ -50,7 +50,7 @@ each_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
 
 
 def unpack(content: bytes, into: Path, **limits: int) -> dict[str, bytes]:
-    unpack_archive(io.BytesIO(content), into, **{"max_bytes": 64 * MIB, **limits})  # type: ignore[arg-type]
+    unpack_archive(io.BytesIO(content), into, **{"max_bytes": 64 * MIB, **limits})
     return {str(path.relative_to(into)): path.read_bytes() for path in into.rglob("*") if path.is_file()}
 
 

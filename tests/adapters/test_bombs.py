@@ -167,7 +167,7 @@ pattern_mutations = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=mutations | pattern_mutations)
 def test_mutated_configs_are_read_or_refused_at_once(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = tmp_path / "mutated"
@@ -185,7 +185,7 @@ def test_mutated_configs_are_read_or_refused_at_once(tmp_path: Path, changes: di
     assert len(refusal) < 1000
 
 
-@settings(max_examples=200, deadline=1000)
+@settings(max_examples=200, deadline=5000)
 @given(raw=st.binary(max_size=200))
 def test_random_headers_are_refused_with_our_errors(raw: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_weights(tmp_path_factory.getbasetemp() / "random.safetensors", raw)

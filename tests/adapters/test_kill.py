@@ -1,6 +1,7 @@
 """P8: an upload is all or nothing, wherever the process is killed."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,33 @@ def test_an_upload_is_all_or_nothing(tmp_path: Path, base: BaseShape) -> None:
         after.registry.close()
         outcomes.add(adapter.version)
     assert outcomes == {1, 2}
+
+
+def test_everything_is_on_disk_before_it_is_visible(
+    tmp_path: Path, base: BaseShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill leaves the page cache alone and a power cut does not: files and folders are synced around the rename."""
+    installer = restart(tmp_path / "data", base)
+    events: list[str] = []
+    sync, rename = os.fsync, os.rename
+
+    def seen_sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def seen_rename(source: Path, target: Path) -> None:
+        events.append(f"rename of {source.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_sync)
+    monkeypatch.setattr(os, "rename", seen_rename)
+    installer.install_path("name", save_random(tmp_path / "adapter"))
+
+    at = next(i for i, event in enumerate(events) if event.startswith("rename of"))
+    staged = events[at].removeprefix("rename of ")
+    assert sorted(events[: at - 1]) == ["adapter_config.json", "adapter_model.safetensors", "loraplex_adapter.json"]
+    assert events[at - 1] == staged
+    assert events[at + 1 :] == ["adapters"]
 
 
 def test_a_failing_publication_keeps_nothing(tmp_path: Path, base: BaseShape) -> None:

@@ -199,7 +199,7 @@ def test_close_names_are_suggested(registry: AdapterRegistry) -> None:
 
 
 def test_unknown_names_are_answered_quickly_among_many(registry: AdapterRegistry) -> None:
-    for i in range(300):
+    for i in range(250):
         registry.publish(f"{'long-name-' * 10}{i}", A)
 
     started = time.perf_counter()
@@ -207,7 +207,7 @@ def test_unknown_names_are_answered_quickly_among_many(registry: AdapterRegistry
         registry.resolve("x" * 100_000)
     with pytest.raises(AdapterNotFound):
         registry.resolve("long-name-" * 12)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 1
 
 
 def test_everything_survives_a_restart(tmp_path: Path) -> None:

@@ -158,6 +158,8 @@ def test_delete_keeps_open_maps_readable(store: AdapterStore, folder: Path, base
     with pytest.raises(AdapterNotFound):
         store.open(manifest.digest)
     with pytest.raises(AdapterNotFound):
+        store.manifest(manifest.digest)
+    with pytest.raises(AdapterNotFound):
         store.delete(manifest.digest)
 
 
