@@ -119,8 +119,10 @@ class AttentionPlan:
 
         Shapes: q [T, H, D]; k, v [T, Hkv, D]; k_blocks, v_blocks [blocks, block_size, Hkv, D] -> [T, H * D].
         """
-        k_blocks.flatten(0, 1).index_copy_(0, self.kv_slots, k)
-        v_blocks.flatten(0, 1).index_copy_(0, self.kv_slots, v)
+        # Masked keys still meet a weight of zero, and zero times NaN is NaN: one sequence's overflow, left behind in a
+        # block, would reach the next sequence that gets this block.
+        k_blocks.flatten(0, 1).index_copy_(0, self.kv_slots, k.nan_to_num(0, 0, 0))
+        v_blocks.flatten(0, 1).index_copy_(0, self.kv_slots, v.nan_to_num(0, 0, 0))
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         for group in self.decodes:
             group.run(q, k_blocks, v_blocks, out)

@@ -83,20 +83,20 @@ class Decoder:
     ) -> None:
         self.spec = spec
         self.fingerprint = fingerprint
-        self._embed = embed
-        self._layers = layers
-        self._norm = norm
-        self._head = head
-        self._rope = RopeTable(spec.rope, max_tokens=spec.context_length, dtype=embed.dtype, device=embed.device)
+        self.embed = embed
+        self.layers = layers
+        self.final_norm = norm
+        self.head = head
+        self.rope = RopeTable(spec.rope, max_tokens=spec.context_length, dtype=embed.dtype, device=embed.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, of the KV cache and of adapter factors."""
-        return self._embed.dtype
+        return self.embed.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._embed.device
+        return self.embed.device
 
     @property
     def base_shape(self) -> BaseShape:
@@ -113,37 +113,42 @@ class Decoder:
         Raises: whatever ``adapters`` raises for a slot that is not resident.
         """
         longest = max(batch.prefix_and_query_lens)
-        cos, sin = self._rope.at(batch.positions, longest)
+        cos, sin = self.rope.at(batch.positions, longest)
         plans = AttentionPlan.build_all(batch, block_size=kv.block_size, windows=self.spec.windows, dtype=self.dtype)
         step = _Step(batch, kv, adapters, plans, cos, sin)
-        hidden = embedding(batch.token_ids, self._embed)
-        for index, layer in enumerate(self._layers):
+        hidden = embedding(batch.token_ids, self.embed)
+        for index, layer in enumerate(self.layers):
             hidden += self._attend(step, index, layer, rms_norm_ref(hidden, layer.input_norm, self.spec.rms_eps))
             hidden += self._mlp(step, index, layer, rms_norm_ref(hidden, layer.post_norm, self.spec.rms_eps))
-        return rms_norm_ref(hidden, self._norm, self.spec.rms_eps)
+        return rms_norm_ref(hidden, self.final_norm, self.spec.rms_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token. Shapes: hidden [R, H] as ``forward`` returns it -> [R, V] float32."""
-        return self._head(hidden).float()
+        return self.scores(hidden).float()
+
+    @torch.inference_mode()
+    def scores(self, hidden: Tensor) -> Tensor:
+        """``logits`` in the model's own dtype."""
+        return self.head(hidden)
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the base in its plain layout, by name; a tied head that shares the embedding's is left out."""
-        yield "embed", self._embed
-        for index, layer in enumerate(self._layers):
+        yield "embed", self.embed
+        for index, layer in enumerate(self.layers):
             for name, buffer in layer.buffers():
                 yield f"layers.{index}.{name}", buffer
-        yield "norm", self._norm
-        if self._head.weight is not self._embed:
-            for buffer in self._head.buffers():
+        yield "norm", self.final_norm
+        if self.head.weight is not self.embed:
+            for buffer in self.head.buffers():
                 yield "head", buffer
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all base tensors on the device."""
-        plain = [self._embed, self._norm]
-        head = 0 if self._head.weight is self._embed else self._head.num_bytes
-        return sum(map(num_bytes, plain)) + sum(layer.num_bytes for layer in self._layers) + head
+        plain = [self.embed, self.final_norm]
+        head = 0 if self.head.weight is self.embed else self.head.num_bytes
+        return sum(map(num_bytes, plain)) + sum(layer.num_bytes for layer in self.layers) + head
 
     def hash_weights(self) -> str:
         """sha256 over every base tensor's name and bytes; equal as long as no weight was written."""

@@ -23,9 +23,14 @@ class RopeTable:
 
     def at(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of ``positions`` [T], all below ``num_positions``. Shapes: [T, 1, D / 2] each."""
+        cos, sin = self.tables(num_positions)
+        return cos.index_select(0, positions).unsqueeze(1), sin.index_select(0, positions).unsqueeze(1)
+
+    def tables(self, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position below ``num_positions`` at least. Shapes: [P, D / 2] each."""
         if num_positions > self._cos.shape[0]:
             self._cos, self._sin = self._compute(1 << (num_positions - 1).bit_length())
-        return self._cos.index_select(0, positions).unsqueeze(1), self._sin.index_select(0, positions).unsqueeze(1)
+        return self._cos, self._sin
 
     def _compute(self, length: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(length, dtype=torch.float32)[:, None] * self._inv_freq
