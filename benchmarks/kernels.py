@@ -117,33 +117,26 @@ def candidates(n: int, k: int, m: int, num_sms: int) -> Iterator[Config]:
     """Cuts worth trying for ``m`` rows."""
     row_blocks, k_blocks, rows = -(-n // 64), k // 64, -(-m // 8) * 8
     if m <= 16:
-        for r, wk, cl, p, dx in itertools.product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2), (2, 3, 4, 6), (0, 1)):
+        for r, wk, cl, p, dx in itertools.product((1, 2, 4), (1, 2, 4, 7, 8, 14, 16), (1, 2), (2, 3, 4, 6), (0, 1)):
             for wr in (1, 2, 3, 4, 5, 6, 7, 8, 14, 16):
-                config = MmaConfig(r=r, wr=wr, wk=wk, cl=cl, p=p, dx=dx, xch=1 if dx else 4)
-                grid, warps = config.grid(row_blocks), wr * wk
-                if not config.valid(rows, row_blocks, k_blocks) or k_blocks % (cl * wk) or warps > 16 or warps < 6:
+                mma = MmaConfig(r=r, wr=wr, wk=wk, cl=cl, p=p, dx=dx, xch=1 if dx else 4)
+                warps, flight = wr * wk, r * wr * wk * p * 544
+                if warps > 16 or warps < 6 or flight < 14000 or flight > 75000 or (wr > 4 and dx) or r * p > 12:
                     continue
-                waves = -(-grid // num_sms)
-                if not 0.8 < grid / (waves * num_sms) <= 1 or waves > 1 or config.num_units(k_blocks) < p:
+                if k_blocks % (cl * wk) or mma.num_units(k_blocks) < p or (r == 4 and warps > 8):
                     continue
-                flight = r * warps * p * 544
-                if flight < 14000 or flight > 75000 or (wr > 4 and dx) or r * p > 12 or (r == 4 and warps > 8):
-                    continue
-                yield config
+                if mma.valid(rows, row_blocks, k_blocks) and 0.8 < mma.grid(row_blocks) / num_sms <= 1:
+                    yield mma
+    if m <= 8:
         return
-    for wr, wk, split, p, xc, nbuf in itertools.product(
-        (1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 7, 8), (4, 8), (2, 4, 8), (2, 3)
-    ):
-        config = WgmmaConfig(wr=wr, wk=wk, split=split, p=p, xc=xc, nbuf=nbuf)
-        grid = config.grid(row_blocks)
-        if (
-            not config.valid(rows, row_blocks, k_blocks, num_sms)
-            or k_blocks % (split * xc)
-            or wr * wk < 2
-            or wr * wk > 4
-        ):
+    axes = ((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 7, 8), (2, 4, 6, 8), (4, 8, 16), (2, 3), (1, 2))
+    for wr, wk, split, p, xc, nbuf, ab in itertools.product(*axes):
+        config = WgmmaConfig(wr=wr, wk=wk, split=split, p=p, xc=xc, nbuf=nbuf, ab=ab)
+        if not config.valid(rows, row_blocks, k_blocks, num_sms) or k_blocks % (split * xc) or p % ab:
             continue
-        if not 0.7 < grid / num_sms <= 1 or (m > 32 and p == 8) or wr * wk * p < 12 or (xc == 8 and nbuf == 3):
+        if not 0.7 < config.grid(row_blocks) / num_sms <= 1 or not 2 <= wr * wk <= 4 or wr * wk * p < 8:
+            continue
+        if (xc > 4 and nbuf == 3) or (m > 32 and (ab == 2 or p == 8) and wr * wk == 4) or (ab == 2 and p in (2, 6)):
             continue
         yield config
 

@@ -75,6 +75,7 @@ class WgmmaConfig:
     p: int = 4
     xc: int = 4
     nbuf: int = 3
+    ab: int = 1
 
     def num_units(self, k_blocks: int) -> int:
         """k blocks of one warpgroup."""
@@ -118,27 +119,27 @@ Config = MmaConfig | WgmmaConfig
 MEASURED: dict[tuple[int, int], dict[int, Config]] = {
     (6144, 4096): {
         1: MmaConfig(r=2, cl=2, wr=3, wk=4, p=2),
-        2: MmaConfig(r=2, cl=2, wr=3, wk=4, p=2, dx=0),
-        4: WgmmaConfig(wr=1, wk=4, p=8, xc=8),
-        8: WgmmaConfig(wr=3, split=4, p=4, xc=4),
+        2: MmaConfig(r=2, cl=2, wr=3, wk=4, p=2),
+        4: WgmmaConfig(wr=3, split=4, p=4, xc=16, nbuf=2, ab=2),
+        8: WgmmaConfig(wr=3, split=4, p=4, xc=4, nbuf=3, ab=2),
     },
     (4096, 4096): {
-        1: MmaConfig(r=2, wr=1, wk=8, p=4),
-        2: MmaConfig(r=2, wr=1, wk=8, p=4),
-        4: WgmmaConfig(wr=2, wk=2, split=4, p=4, xc=4),
-        8: WgmmaConfig(wr=1, wk=4, split=2, p=4, xc=8),
+        1: MmaConfig(r=2, wr=1, wk=8, p=2),
+        2: MmaConfig(r=2, wr=1, wk=8, p=2),
+        4: WgmmaConfig(wr=2, wk=2, split=4, p=4, xc=16, nbuf=2, ab=2),
+        8: WgmmaConfig(wr=2, wk=2, split=4, p=4, xc=16, nbuf=2),
     },
     (28672, 4096): {
-        1: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=2),
-        2: MmaConfig(r=2, wr=14, wk=1, cl=2, p=3, dx=0, xch=2),
-        4: WgmmaConfig(wr=4, p=8, xc=4),
-        8: WgmmaConfig(wr=4, p=4, xc=4),
+        1: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=4),
+        2: MmaConfig(r=4, wr=7, wk=1, cl=2, p=2, dx=0, xch=4),
+        4: WgmmaConfig(wr=4, p=8, xc=8, nbuf=2, ab=2),
+        8: WgmmaConfig(wr=4, p=4, xc=4, nbuf=2),
     },
     (4096, 14336): {
         1: MmaConfig(r=2, wr=1, wk=16, p=2),
         2: MmaConfig(r=4, wr=1, wk=8, cl=2, p=2),
-        4: WgmmaConfig(wr=4, split=8, p=4, xc=4),
-        8: WgmmaConfig(wr=2, wk=2, split=4, p=4, xc=4),
+        4: WgmmaConfig(wr=4, split=8, p=8, xc=4, nbuf=2, ab=2),
+        8: WgmmaConfig(wr=4, split=8, p=4, xc=4, nbuf=2),
     },
 }
 

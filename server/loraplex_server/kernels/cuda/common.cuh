@@ -17,13 +17,30 @@ constexpr int UNIT_CODES = 2048;  // 4 tiles of 16 rows x 64 k, 32 lanes x 16 by
 constexpr int UNIT_BYTES = UNIT_CODES + 128;  // + 64 float16 scales, [row % 8][tile][row / 8 % 2]
 constexpr int TABLE_BYTES = 65536;  // 256 pairs of values, one copy a bank, every second 128 bytes unused
 
-// NF4 values times 1.524605 (the scales are divided by it), which halves what rounding them to bfloat16 costs.
-__constant__ float NF4_VALUES[16] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+// The scales are divided by this and the table is multiplied by it, which halves what rounding the values to bfloat16
+// costs.
 constexpr float TABLE_GAIN = 1.524605f;
+
+// The NF4 value of a code as selects between immediates: a constant array would cost a cold cache miss every launch.
+DEVICE float nf4_value(int code) {
+  float v = -1.0f;
+  if (code == 1) v = -0.6961928009986877f;
+  if (code == 2) v = -0.5250730514526367f;
+  if (code == 3) v = -0.39491748809814453f;
+  if (code == 4) v = -0.28444138169288635f;
+  if (code == 5) v = -0.18477343022823334f;
+  if (code == 6) v = -0.09105003625154495f;
+  if (code == 7) v = 0.0f;
+  if (code == 8) v = 0.07958029955625534f;
+  if (code == 9) v = 0.16093020141124725f;
+  if (code == 10) v = 0.24611230194568634f;
+  if (code == 11) v = 0.33791524171829224f;
+  if (code == 12) v = 0.44070982933044434f;
+  if (code == 13) v = 0.5626170039176941f;
+  if (code == 14) v = 0.7229568362236023f;
+  if (code == 15) v = 1.0f;
+  return v;
+}
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -86,20 +103,36 @@ DEVICE u32 word_at(const uint4 &v, int i) { return i == 0 ? v.x : i == 1 ? v.y :
 // ---- the pair table: entry b holds the values of a byte's high and low code. The entry's stride is 256 bytes, so one
 // byte permute of (codes, lane offset) forms the address, and every lane reads its own bank.
 DEVICE void fill_table(u8 *table, int thread, int num_threads) {
+  const float mine = nf4_value(thread & 15) * TABLE_GAIN;
   for (int i = thread; i < 2048; i += num_threads) {
-    int entry = i >> 3;
-    u32 v = pack2(NF4_VALUES[entry >> 4] * TABLE_GAIN, NF4_VALUES[entry & 15] * TABLE_GAIN);
+    const int entry = i >> 3;
+    const float high = __shfl_sync(~0u, mine, entry >> 4), low = __shfl_sync(~0u, mine, entry & 15);
+    const u32 v = pack2(high, low);
     *(uint4 *)(table + entry * 256 + (i & 7) * 16) = make_uint4(v, v, v, v);
   }
 }
-// Four code bytes of one lane -> one 16x16 A fragment.
+// Four code bytes of one lane -> one 16x16 A fragment. Dynamic shared memory begins at a fixed address, which becomes
+// part of the load instruction; in a cluster the address also holds the CTA's rank and is added.
+constexpr u32 TABLE_AT = 1024;
+#ifndef FIXED_TABLE
+#define FIXED_TABLE 1
+#endif
+DEVICE void check_table(const u8 *table) {
+  if (FIXED_TABLE && (shared_address(table) & 0xffffff) != TABLE_AT) asm volatile("trap;");
+}
+DEVICE u32 look_up(u32 offset, u32 table) {
+  u32 r;
+  if (FIXED_TABLE)
+    asm volatile("ld.shared.b32 %0,[%1+%2];" : "=r"(r) : "r"(offset), "n"(TABLE_AT));
+  else
+    asm volatile("ld.shared.b32 %0,[%1];" : "=r"(r) : "r"(offset + table));
+  return r;
+}
 DEVICE void decode4(u32 codes, u32 lane4, u32 table, u32 *a) {
-  asm volatile(
-      "{.reg .b32 p,q,r,s; prmt.b32 p,%4,%5,0x5504; prmt.b32 q,%4,%5,0x5514; prmt.b32 r,%4,%5,0x5524; "
-      "prmt.b32 s,%4,%5,0x5534; add.u32 p,p,%6; add.u32 q,q,%6; add.u32 r,r,%6; add.u32 s,s,%6; "
-      "ld.shared.b32 %0,[p]; ld.shared.b32 %1,[q]; ld.shared.b32 %2,[r]; ld.shared.b32 %3,[s];}"
-      : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-      : "r"(codes), "r"(lane4), "r"(table));
+  a[0] = look_up(__byte_perm(codes, lane4, 0x5504), table);
+  a[1] = look_up(__byte_perm(codes, lane4, 0x5514), table);
+  a[2] = look_up(__byte_perm(codes, lane4, 0x5524), table);
+  a[3] = look_up(__byte_perm(codes, lane4, 0x5534), table);
 }
 
 // ---- tensor cores: c[16 x 8] += a[16 x 16] b[16 x 8]

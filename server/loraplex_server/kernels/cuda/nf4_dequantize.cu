@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   __shared__ float table[16];
   __shared__ __align__(16) u32 tiles[WARPS][16 * 36];  // rows padded by 16 bytes
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  if (threadIdx.x < 16) table[threadIdx.x] = NF4_VALUES[threadIdx.x] * (TABLE_GAIN * gain);
+  if (threadIdx.x < 16) table[threadIdx.x] = nf4_value(threadIdx.x) * (TABLE_GAIN * gain);
   __syncthreads();
   const long long tile = (long long)blockIdx.x * WARPS + warp;  // [row tile][k block]
   const int k = (int)(tile % num_k_blocks), row_tile = (int)(tile / num_k_blocks);

@@ -3,6 +3,9 @@
 //
 // A CTA owns WR * R tiles of 16 rows; its warps split k WK ways, a cluster of CL CTAs splits k again. Partial sums meet
 // in shared memory in a fixed order: results are the same on every run.
+#if CL > 1 && !defined(FIXED_TABLE)
+#define FIXED_TABLE 0
+#endif
 #include "common.cuh"
 
 #ifndef MT
@@ -30,7 +33,7 @@
 #define DX 0  // 1: every warp streams the x it needs; 0: the CTA stages x once
 #endif
 #ifndef XCH
-#define XCH 1  // staged x arrives in this many chunks along k
+#define XCH 1  // staged x arrives in this many chunks along k, each of at least WK blocks
 #endif
 
 constexpr int NUM_THREADS = WR * WK * 32;
@@ -64,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     nf4_mma(const u8 *__restrict__ weight, const u16 *__restrict__ x, u16 *__restrict__ y,
             const u16 *__restrict__ bias, int m, int n, int num_tiles, float gain, int receive_offset) {
   extern __shared__ __align__(1024) u8 shared[];
+  check_table(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const int wr = warp % WR, wk = warp / WR;
   const int rank = blockIdx.x % CL, group = blockIdx.x / CL;
@@ -181,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 #else
     __syncwarp();  // keeps the loads above before the arithmetic
     const int k = EVEN ? i * WK + wk : min(i * WK + wk, num_k - 1);
-    while (k >= k_ready) {
+    if (k >= k_ready) {
       barrier_wait(chunk_bar + 8 * chunk, 0);
       chunk++, k_ready += X_CHUNK;
     }
@@ -212,6 +216,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       }
     }
   };
+  // Straight-line rounds: the compiler overlaps one unit's look-ups with the arithmetic of the one before.
   constexpr int REFILLED = UNITS > P ? (UNITS - P) / P : 0;  // rounds in which every slot is refilled
 #pragma unroll 1
   for (int round = 0; round < REFILLED; round++)

@@ -24,6 +24,9 @@
 #ifndef P
 #define P 4  // units a warpgroup keeps in flight; even
 #endif
+#ifndef AB
+#define AB 2  // sets of decoded fragments a warpgroup holds; 1 leaves the overlap to the other warpgroups
+#endif
 #ifndef XC
 #define XC 4  // k blocks of a chunk of x; a multiple of WK
 #endif
@@ -32,7 +35,6 @@
 #endif
 
 constexpr int NUM_THREADS = WR * WK * 128;
-constexpr int NUM_WARPS = NUM_THREADS / 32;
 constexpr int ROWS = WR * 64;                       // of one CTA
 constexpr int KBC = (KB + SPLIT - 1) / SPLIT;       // k blocks of one CTA
 constexpr int UNITS = (KBC + WK - 1) / WK;          // k blocks of one warpgroup
@@ -40,9 +42,12 @@ constexpr int CHUNKS = (KBC + XC - 1) / XC;
 constexpr int CHUNK_UNITS = XC / WK;                // units of one warpgroup in a chunk
 constexpr int CHUNK_BYTES = XC * MT * 1024;
 constexpr int BUFFERS = CHUNKS < NBUF ? CHUNKS : NBUF;
+constexpr int PASS_ROWS = NUM_THREADS / 8;          // rows of 128 bytes that all threads copy at once
+constexpr int PASS_K = PASS_ROWS / (MT * 8);        // the same in k blocks
+constexpr bool EVEN_CHUNKS = KB % SPLIT == 0 && KBC % XC == 0;
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr bool EVEN = KB % SPLIT == 0 && KBC % WK == 0;
-static_assert(P % 2 == 0 && XC % WK == 0, "units alternate between two sets of fragments");
+static_assert(P % AB == 0 && XC % WK == 0, "units alternate between sets of fragments");
 
 // Waits until all SPLIT CTAs of a group have arrived; the counter is zero again after the last has left.
 DEVICE void split_arrive_and_wait(u32 *counter) {
@@ -64,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
               const u16 *__restrict__ bias, int m, int n, int num_blocks, float gain, float4 *workspace,
               u32 *counters) {
   extern __shared__ __align__(1024) u8 shared[];
+  check_table(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const int w4 = warp & 3, wr = (warp >> 2) % WR, wk = (warp >> 2) / WR;
   const int split = blockIdx.x % SPLIT, group = blockIdx.x / SPLIT;
@@ -77,34 +83,46 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   const u8 *scales_at = unit + UNIT_CODES + g * 16 + w4 * 4;
   uint4 codes[P];
   u32 scales[P];
-  int k_load = wk;
-  auto load = [&](int p) {
-    if (EVEN || k_load < num_k) {
-      codes[p] = load_stream16(codes_at);
-      scales[p] = load_stream4(scales_at);
+  auto load = [&](int slot, int first, int ahead) {  // unit first + ahead of this warpgroup; codes_at points at first
+    if (EVEN || (first + ahead) * WK + wk < num_k) {
+      codes[slot] = load_stream16(codes_at + ahead * (WK * UNIT_BYTES));
+      scales[slot] = load_stream4(scales_at + ahead * (WK * UNIT_BYTES));
     } else {
-      codes[p] = make_uint4(0, 0, 0, 0), scales[p] = 0;
+      codes[slot] = make_uint4(0, 0, 0, 0), scales[slot] = 0;
     }
-    codes_at += WK * UNIT_BYTES, scales_at += WK * UNIT_BYTES, k_load += WK;
   };
 #pragma unroll
   for (int p = 0; p < P; p++)
-    if (p < UNITS) load(p);
+    if (p < UNITS) load(p, 0, p);
   fill_table(shared, thread, NUM_THREADS);
   wait_previous_launch();
 
   // x in shared memory: for each k block, rows of 128 bytes (64 k) of each token in the 128-byte swizzle of wgmma: piece c
   // (16 bytes) of token i lies at c ^ (i % 8).
   const u32 staged = shared_address(shared) + TABLE_BYTES;
+  const int x_token = (thread >> 3) % (MT * 8), x_k = (thread >> 3) / (MT * 8);
+  const u32 x_to = staged + (x_k * MT * 8 + x_token) * 128 + (((thread ^ x_token) & 7) << 4);
+  const u32 x_from = min(x_token, m - 1) * (KB * 128) + (split * KBC + x_k) * 128 + (thread & 7) * 16;
   auto fetch = [&](int chunk) {
-    const u32 to = staged + chunk % BUFFERS * CHUNK_BYTES;
-    const u8 *from = (const u8 *)x + (size_t)(split * KBC) * 128 + (thread & 7) * 16;
+    const u32 to = x_to + chunk % BUFFERS * CHUNK_BYTES;
+    const u32 from = x_from + chunk * (XC * 128);
+    if (PASS_K > 0) {  // a pass of all threads brings whole k blocks
 #pragma unroll
-    for (int i = 0; i < XC * MT * 64; i += NUM_THREADS) {
-      const int row = (i + thread) >> 3, token = row % (MT * 8), k = row / (MT * 8);
-      if (XC * MT * 64 % NUM_THREADS == 0 || row < XC * MT * 8)
-        copy_async16(to + row * 128 + (((thread ^ row) & 7) << 4),
-                     from + (size_t)min(token, m - 1) * (KB * 128) + (size_t)min(chunk * XC + k, num_k - 1) * 128);
+      for (int k = 0; k < XC; k += PASS_K) {
+        const int over = EVEN_CHUNKS ? 0 : max(0, chunk * XC + k + x_k - (num_k - 1));  // repeats the last block
+        if (x_k < PASS_K && (XC % PASS_K == 0 || k + x_k < XC))
+          copy_async16(to + k * (MT * 1024), (const u8 *)x + from + (k - over) * 128);
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < XC; k++)
+#pragma unroll
+        for (int token = 0; token < MT * 8; token += PASS_ROWS) {
+          const int over = EVEN_CHUNKS ? 0 : max(0, chunk * XC + k - (num_k - 1));
+          const int skip = min(x_token + token, m - 1) - min(x_token, m - 1);
+          if (x_token + token < MT * 8)
+            copy_async16(to + (k * MT * 8 + token) * 128, (const u8 *)x + from + (k - over) * 128 + skip * (KB * 128));
+        }
     }
     copy_async_commit();
   };
@@ -122,57 +140,71 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 #pragma unroll
     for (int s = 0; s < 4; s++) decode4(word_at(v, s), lane4, table, a + 4 * s);
   };
-  u32 a[2][16];
+  u32 a[AB][16];
   float acc[MT][4];
 #pragma unroll
   for (int mt = 0; mt < MT; mt++)
 #pragma unroll
     for (int j = 0; j < 4; j++) acc[mt][j] = 0.f;
-  decode(codes[0], a[0]);
+  if (AB == 2) decode(codes[0], a[0]);
   if (BUFFERS > 1) fetch(BUFFERS - 1);
 
   const u64 layout = ((u64)1 << 62) | ((u64)(1024 >> 4) << 32) | ((u64)1 << 16);  // 128-byte swizzle, 8 tokens apart 1,024
   int chunk = 0, in_chunk = 0;
-#pragma unroll 1
-  for (int i0 = 0; i0 < UNITS; i0 += P) {
-#pragma unroll
-    for (int p = 0; p < P; p++) {
-      if (UNITS % P == 0 || i0 + p < UNITS) {
-        if (CHUNKS > 1 && in_chunk == CHUNK_UNITS) {
-          copy_async_wait<(BUFFERS > 2 ? 1 : 0)>();
-          publish();  // everyone is done with this chunk, and the next one is complete
-          in_chunk = 0;
-          chunk++;
-          if (chunk + BUFFERS - 1 < CHUNKS)
-            fetch(chunk + BUFFERS - 1);
-          else
-            copy_async_commit();
-        }
-        float c[MT][4];
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++)
-#pragma unroll
-          for (int j = 0; j < 4; j++) asm volatile("" : "=f"(c[mt][j]));
-        const u32 at = staged + chunk % BUFFERS * CHUNK_BYTES + (in_chunk * WK + wk) * (MT * 1024);
-        const u64 b = layout | (u64)((at & 0x3ffff) >> 4);
-        in_chunk++;
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (int s = 0; s < 4; s++) wgmma(c, a[p & 1] + 4 * s, b + s * 2, s > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        const float2 f = half2_to_float2(scales[p]);
-        if (i0 + p + P < UNITS) load(p);
-        if (i0 + p + 1 < UNITS) decode(codes[(p + 1) % P], a[(p + 1) & 1]);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-        for (int mt = 0; mt < MT; mt++) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) asm volatile("" : "+f"(c[mt][j])::"memory");
-          acc[mt][0] += f.x * c[mt][0], acc[mt][1] += f.x * c[mt][1];
-          acc[mt][2] += f.y * c[mt][2], acc[mt][3] += f.y * c[mt][3];
-        }
-      }
+  u32 x_at = staged + wk * (MT * 1024);
+
+  // Unit first + p, whose codes are in slot p; refills the slot with the unit P later.
+  auto step = [&](int first, int p, bool refill) {
+    constexpr bool anywhere = CHUNK_UNITS % P != 0 && P % CHUNK_UNITS != 0;
+    if (CHUNKS > 1 && (anywhere || p % CHUNK_UNITS == 0) && in_chunk == CHUNK_UNITS) {
+      copy_async_wait<(BUFFERS > 2 ? 1 : 0)>();
+      publish();  // everyone is done with this chunk, and the next one is complete
+      in_chunk = 0;
+      chunk++;
+      x_at = staged + chunk % BUFFERS * CHUNK_BYTES + wk * (MT * 1024);
+      if (chunk + BUFFERS - 1 < CHUNKS)
+        fetch(chunk + BUFFERS - 1);
+      else
+        copy_async_commit();
     }
+    float c[MT][4];
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) asm volatile("" : "=f"(c[mt][j]));
+    const float2 f = half2_to_float2(scales[p]);
+    if (AB == 1) {
+      decode(codes[p], a[0]);
+      if (refill) load(p, first, p + P);
+    }
+    const u64 b = layout | (u64)(x_at >> 4);
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int s = 0; s < 4; s++) wgmma(c, a[p % AB] + 4 * s, b + s * 2, s > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    in_chunk++;
+    x_at += WK * (MT * 1024);
+    if (AB == 2) {
+      if (refill) load(p, first, p + P);
+      decode(codes[(p + 1) % P], a[(p + 1) % AB]);
+    }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) asm volatile("" : "+f"(c[mt][j])::"memory");
+      acc[mt][0] += f.x * c[mt][0], acc[mt][1] += f.x * c[mt][1];
+      acc[mt][2] += f.y * c[mt][2], acc[mt][3] += f.y * c[mt][3];
+    }
+  };
+  int units;  // UNITS, unknown to the compiler: branches between units keep it from hoisting until registers spill
+  asm volatile("mov.u32 %0,%1;" : "=r"(units) : "n"(UNITS));
+#pragma unroll 1
+  for (int first = 0; first < units; first += P) {
+#pragma unroll
+    for (int p = 0; p < P; p++)
+      if (first + p < units) step(first, p, first + P + p < units);
+    codes_at += P * WK * UNIT_BYTES, scales_at += P * WK * UNIT_BYTES;
   }
 
   // Reduction over the warpgroups along k, [k][token][row], then over the split.
