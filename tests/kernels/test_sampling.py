@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.triton_support import DEVICE, ON_GPU, randn
 
 from loraplex_server.kernels.sampling import SampleWorkspace, SamplingMode, sample  # isort: skip
-from loraplex_server.kernels.sampling_ref import sample_ref
+from loraplex_server.kernels.sampling_ref import sample_ref, uniform_ref
 
 Params = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -52,6 +52,13 @@ def test_greedy_rows_take_the_lowest_of_equal_ids() -> None:
 @pytest.mark.parametrize("mode", [SamplingMode.PLAIN, SamplingMode.FILTERED])
 def test_rows_without_filters(vocab_size: int, mode: SamplingMode) -> None:
     assert_same_tokens(3 * randn(6, vocab_size, seed=1), params([(0.3 * i, 0, 1.0, 0.0) for i in range(6)]), mode)
+
+
+def test_noise_is_never_infinite() -> None:
+    """The highest hash there is comes from token 114156 of this row."""
+    uniform = uniform_ref(torch.tensor([-1132602166224107317]), torch.tensor([772658]), 114_157)
+    assert int(uniform.argmax()) == 114_156
+    assert 0.0 < float(uniform.min()) <= float(uniform.max()) < 1.0
 
 
 FILTERS = [

@@ -34,7 +34,7 @@ def _gumbel(row, seeds_ptr, positions_ptr, ids, ACCURATE_LOG: tl.constexpr):
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     position = (tl.load(positions_ptr + row) & 0xFFFFFFFF).to(tl.uint32)
     bits = _mix(_mix(_mix(_mix(low) ^ high) ^ position) ^ _mix(ids.to(tl.uint32)))
-    uniform = ((bits >> 8).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
     return -_log(-_log(uniform, ACCURATE_LOG), ACCURATE_LOG)
 
 

@@ -34,8 +34,9 @@ def uniform_ref(seeds: Tensor, positions: Tensor, num_tokens: int) -> Tensor:
     row = _mix(_mix(_mix(low) ^ high) ^ (positions & _MASK_32))
     ids = torch.arange(num_tokens, device=seeds.device)
     bits = _mix(row[:, None] ^ _mix(ids)[None, :])
-    # 24 bits fill a float32's mantissa; the half keeps 0 out, and so log(0).
-    return ((bits >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits and the half fill a float32's mantissa. With one bit more the highest value would round to 1, whose noise
+    # is infinite: at 128,256 tokens one draw in 130 would ignore the logits.
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def keep_ref(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
