@@ -18,7 +18,7 @@ from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.sources import AdapterSources
 from loraplex_adapters.store import AdapterStore
 from loraplex_server.app import create_app
-from loraplex_server.auth import Keys, is_loopback
+from loraplex_server.auth import Access, Keys, is_loopback
 from loraplex_server.engine.engine import Engine, EngineLimits
 from loraplex_server.engine.messages import Pin, Warm
 from loraplex_server.engine.worker import Worker
@@ -32,6 +32,7 @@ from loraplex_server.services import BaseModel, HttpLimits, Services
 from loraplex_server.tokenizer import Tokenizer
 
 _log = structlog.get_logger("loraplex")
+_METRICS_ACCESS = {"open": Access.OPEN, "user": Access.USER, "off": None}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -104,6 +105,7 @@ def build_services(config: ServerConfig, progress: Progress | None = None) -> Se
         ),
         keys=Keys(config.http.api_keys, config.http.admin_keys, loopback=is_loopback(config.http.host)),
         metrics=metrics,
+        metrics_access=_METRICS_ACCESS[config.metrics.access],
         limits=HttpLimits(max_body_bytes=config.http.max_body_bytes, drain_timeout_s=config.http.drain_timeout_s),
     )
 
