@@ -91,7 +91,9 @@ def scripted_services(
 @contextmanager
 def serve(services: Services, app: FastAPI | None = None) -> Iterator[Server]:
     """A server for these services until the end of the block; ``app`` if a test has changed theirs."""
-    config = uvicorn.Config(app or create_app(services), host="127.0.0.1", port=0, log_config=None, lifespan="on")
+    config = uvicorn.Config(
+        app or create_app(services), host="127.0.0.1", port=0, log_config=None, access_log=False, lifespan="on"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()

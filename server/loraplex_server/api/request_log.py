@@ -10,7 +10,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex_server.errors import error_response, to_api_error
+from loraplex_server.errors import ApiError, error_response, to_api_error
 
 _log = structlog.get_logger("loraplex.http")
 
@@ -32,11 +32,13 @@ def note(scope: Scope, **facts: object) -> None:
     scope[_NOTES].update(facts)
 
 
-def note_failure(scope: Scope, error: BaseException) -> None:
+def note_failure(scope: Scope, error: Exception) -> None:
     """Say in the log where a request failed. The exception's own words stay out: they may quote a prompt."""
-    api_error = to_api_error(error) if isinstance(error, Exception) else None
-    note(scope, code=api_error.code if api_error else None)
-    if api_error is None or api_error.status == 500:
+    if isinstance(error, ApiError):
+        note(scope, code=error.code)
+    elif (code := to_api_error(error).code) != "internal_error":
+        note(scope, code=code)
+    else:
         frames = traceback.extract_tb(error.__traceback__)[-8:]
         note(
             scope,
