@@ -189,21 +189,22 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_not_found(model: str | Path) -
         load(model, device="cpu")
 
 
-def test_peak_memory_is_the_model_and_one_shard(tmp_path: Path) -> None:
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
-    checkpoint = make_checkpoint(tmp_path, max_shard_size="40MB", **shape)
+def test_peak_memory_is_the_model_and_one_shard(family_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 24}
+    checkpoint = make_checkpoint(tmp_path, max_shard_size="32MB", **shape)
     script = (
-        "import resource, sys, torch, bitsandbytes, transformers\n"
-        "from transformers.models.llama import configuration_llama\n"
+        "import resource, sys, torch\n"
         "from loraplex_server.model.loader import load\n"
-        "torch.ones(64, 64) @ torch.ones(64, 64)\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        # What the libraries take once, whatever the model, is not its loading.
+        "load(sys.argv[1], device='cpu', dtype=torch.float32)\n"
         "before = peak()\n"
-        "decoder = load(sys.argv[1], device='cpu', dtype=torch.float32)\n"
+        "decoder = load(sys.argv[2], device='cpu', dtype=torch.float32)\n"
         "print(peak() - before, decoder.weight_bytes)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, checkpoint], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", script, family_checkpoints["llama"], checkpoint]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, weight_bytes = map(int, done.stdout.split())
     shards = [file.stat().st_size for file in checkpoint.glob("*.safetensors")]
-    assert len(shards) > 3
+    assert len(shards) > 2
     assert taken < weight_bytes + max(shards)
