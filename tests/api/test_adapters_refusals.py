@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -446,3 +448,11 @@ def _upload_forever(url: str) -> None:
         httpx.post(f"{url}/v1/adapters", content=body(), headers=headers, trust_env=False)
     except httpx.TransportError:
         return
+
+
+def test_a_full_disk_is_told_before_the_upload(
+    http: httpx.Client, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    refused(upload(http, zipped(adapter)), 507, "store_full")
+    nothing_left(tmp_path, http)

@@ -16,7 +16,7 @@ from loraplex_server.api.adapter_changes import Changes, apply_pins
 from loraplex_server.api.adapter_view import show_adapter, show_version
 from loraplex_server.api.body_limit import bounds_own_body
 from loraplex_server.api.schemas import Body, Refused
-from loraplex_server.api.upload import Upload, receive_upload
+from loraplex_server.api.upload import Upload, declared_bytes, receive_upload
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
 from loraplex_server.services import Services, Uses
@@ -183,9 +183,9 @@ def _deleted(name: str, digest: str, freed_bytes: int) -> dict[str, Any]:
 
 async def _install_upload(request: Request, services: Services) -> tuple[UploadForm, Installed]:
     installer = services.installer
-    with ExitStack() as stack:
-        staged = stack.enter_context(installer.store.stage())
-        upload = await receive_upload(request, staged, installer.sources.max_bytes)
+    max_bytes = installer.sources.max_bytes
+    with installer.store.stage(min(declared_bytes(request), max_bytes)) as staged:
+        upload = await receive_upload(request, staged, max_bytes)
         form = _form_of(upload)
         return form, await asyncio.to_thread(_install_files, services, form, upload)
 

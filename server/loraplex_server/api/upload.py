@@ -40,6 +40,12 @@ class Upload:
     files: list[UploadedFile] = field(default_factory=list)
 
 
+def declared_bytes(request: Request) -> int:
+    """The length that the request's head claims; 0 if it claims none."""
+    declared = request.headers.get("content-length", "")
+    return int(declared[:20]) if declared.isascii() and declared.isdigit() else 0
+
+
 async def receive_upload(request: Request, into: Path, max_bytes: int) -> Upload:
     """Write the files of a multipart body into the folder ``into``, which the caller removes.
 
@@ -51,8 +57,7 @@ async def receive_upload(request: Request, into: Path, max_bytes: int) -> Upload
         raise ApiError(
             "The multipart body names no boundary; let the HTTP client set content-type.", code="invalid_form"
         )
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:20]) > max_bytes + _FORM_BYTES:
+    if declared_bytes(request) > max_bytes + _FORM_BYTES:
         raise _too_large(max_bytes)
     form = _Form(boundary, into, max_bytes)
     try:
