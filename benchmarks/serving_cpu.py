@@ -213,6 +213,15 @@ def summarize(rows: Sequence[dict[str, object]]) -> None:
         print(f"{concurrency} at once: {', '.join(f'{e} {r:.1f} tok/s' for e, r in here.items())}{ratio}")
 
 
+def silence_libraries() -> None:
+    """Progress bars and notices of the peers' libraries."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="transformers|peft")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -225,6 +234,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    silence_libraries()
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
         root = Path(scratch)

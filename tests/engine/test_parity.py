@@ -56,16 +56,23 @@ def prompts() -> dict[str, tuple[str | None, list[int]]]:
     scope="module",
     params=[
         *(
-            pytest.param((family, quantization, torch.float32), id=f"{family}-{quantization}-float32")
+            pytest.param((family, quantization, torch.float32, "cpu"), id=f"{family}-{quantization}-float32")
             for family in FAMILIES
             for quantization in ("none", "nf4")
         ),
-        pytest.param(("llama", "nf4", torch.bfloat16), id="llama-nf4-bfloat16"),
-        pytest.param(("qwen2", "none", torch.bfloat16), id="qwen2-none-bfloat16"),
+        pytest.param(("llama", "nf4", torch.bfloat16, "cpu"), id="llama-nf4-bfloat16"),
+        pytest.param(("qwen2", "none", torch.bfloat16, "cpu"), id="qwen2-none-bfloat16"),
+        *(
+            pytest.param((family, "nf4", torch.bfloat16, "cuda"), id=f"{family}-nf4-gpu", marks=pytest.mark.gpu)
+            for family in FAMILIES
+        ),
+        pytest.param(("llama", "none", torch.float32, "cuda"), id="llama-none-float32-gpu", marks=pytest.mark.gpu),
     ],
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    family, quantization, dtype = request.param
+    family, quantization, dtype, device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     root = tmp_path_factory.mktemp(family)
     overrides: dict[str, Any] = {"sliding_window": 16} if family == "mistral" else {}
     if dtype == torch.bfloat16:
@@ -76,7 +83,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         name: make_adapter(root / name, checkpoint, seed=seed, **config)
         for seed, (name, config) in enumerate(ADAPTERS.items())
     }
-    decoder = load(checkpoint, device=torch.device("cpu"), dtype=dtype, quantization=quantization)
+    decoder = load(checkpoint, device=torch.device(device), dtype=dtype, quantization=quantization)
     reference = Reference(checkpoint, adapters, dtype=torch.float32, nf4=quantization == "nf4")
     expected = {key: reference.greedy(ids, name, NUM_TOKENS) for key, (name, ids) in prompts().items()}
     tolerance = FLOAT32_TOLERANCE
@@ -90,16 +97,21 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Case(decoder, adapters, reference, tolerance, expected)
 
 
-def requests(case: Case, **sampling: Any) -> list[Request]:
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, num_logprobs=5, ignore_eos=True, **sampling)
+def requests(case: Case, *, logprobs: bool = True, **sampling: Any) -> list[Request]:
+    num_logprobs = 5 if logprobs else None
+    params = SamplingParams(
+        max_tokens=NUM_TOKENS, temperature=0.0, num_logprobs=num_logprobs, ignore_eos=True, **sampling
+    )
     return [Request(key, tuple(ids), params, name) for key, (name, ids) in prompts().items()]
 
 
-def check(case: Case, found: dict[str, Collected]) -> None:
+def check(case: Case, found: dict[str, Collected], only: str = "") -> None:
     """Tokens equal the reference's; so do log-probabilities. In bfloat16 two tokens within rounding may trade places,
     and from there on the reference follows the served tokens."""
     tolerance = case.tolerance
     for key, (name, prompt) in prompts().items():
+        if not key.startswith(only):
+            continue
         got, expected = found[key], case.expected[key]
         assert got.last.finish_reason == "length", got.last
         scores = expected.logprobs
@@ -125,6 +137,12 @@ def test_one_mixed_batch_answers_as_peft(case: Case) -> None:
     engine.close()
 
 
+def test_without_logprobs_the_tokens_are_the_same(case: Case) -> None:
+    engine = real_engine(case.decoder, case.adapters)
+    check(case, run(engine, requests(case, logprobs=False)))
+    engine.close()
+
+
 def test_prompts_cut_into_chunks_answer_the_same(case: Case) -> None:
     engine, found = serve(case, max_batched_tokens=17)
     check(case, found)
@@ -146,6 +164,13 @@ def test_preempted_requests_answer_the_same(case: Case) -> None:
     stats = engine.step().stats
     assert stats is not None
     assert stats.num_preemptions > 0
+    engine.close()
+
+
+def test_the_base_alone_answers_the_same(case: Case) -> None:
+    engine = real_engine(case.decoder, case.adapters)
+    found = run(engine, [request for request in requests(case, logprobs=False) if request.adapter is None])
+    check(case, found, "None")
     engine.close()
 
 

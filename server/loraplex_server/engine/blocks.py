@@ -90,8 +90,10 @@ class BlockPool:
         """Make the full blocks that a sequence has computed findable."""
         if not self._prefix_cache:
             return
-        num_full = seq.num_computed // self.block_size
-        self._extend_hashes(seq, seq.num_computed)
+        # The last computed token may not have reached the host yet.
+        num_known = min(seq.num_computed, len(seq.tokens))
+        num_full = num_known // self.block_size
+        self._extend_hashes(seq, num_known)
         for i in range(seq.num_published_blocks, num_full):
             self._publish(seq.block_ids[i], seq.block_hashes[i])
         seq.num_published_blocks = num_full

@@ -1,8 +1,12 @@
 """The engine: ``step()`` is schedule, run, postprocess. One thread owns it."""
 
+from __future__ import annotations
+
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,10 +30,16 @@ from loraplex_server.engine.residency import AdapterResidency, Limits, OpenAdapt
 from loraplex_server.engine.runner import Runner, StepResult
 from loraplex_server.engine.sampler import Sampled, Sampler
 from loraplex_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
-from loraplex_server.engine.sequence import FinishReason, Request, Sequence
+from loraplex_server.engine.sequence import FinishReason, Request, Sequence, Status
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
+if TYPE_CHECKING:
+    from loraplex_server.engine.decode_path import DecodePath, LaunchedRows
+    from loraplex_server.model.fused import FusedForward
+
+# Steps launched ahead of a schedule while others wait for a place, so that fairness has its say.
+_MOST_STEPS_AHEAD = 32
 # How often the state of every adapter is reported while nothing forces it, in seconds.
 _ADAPTER_STATES_EVERY_S = 0.05
 
@@ -103,7 +113,10 @@ class Engine:
             self._residency,
             SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.fair_wait_s),
         )
-        self._runner = Runner(decoder, self._kv, self._residency, Sampler(eos_ids))
+        self._path, fused = build_decode_path(decoder, self._kv, limits)
+        self._runner = Runner(decoder, self._kv, self._residency, Sampler(eos_ids), fused)
+        self._in_flight: LaunchedRows | None = None
+        self._steps_ahead = 0
         self._seqs: dict[str, Sequence] = {}
         self._tickets = _Tickets()
         self._outputs: list[TokenOutput] = []
@@ -114,7 +127,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """False when ``step`` would have nothing to do until the next command (or a finished copy)."""
-        return bool(self._scheduler.running or self._outputs or self._done)
+        return bool(self._scheduler.running or self._outputs or self._done or self._in_flight)
 
     @property
     def is_waiting(self) -> bool:
@@ -143,22 +156,17 @@ class Engine:
         """Run one step and say what it brought. Raises nothing: failures are outputs."""
         loads = self._residency.poll()
         self._answer_tickets()
-        plan, failed = self._scheduler.schedule(self._clock())
-        for seq, failure in failed:
-            self._finish(seq, "error", failure)
         started = time.perf_counter()
-        if plan.chunks:
-            self._run(plan)
-        step_s = time.perf_counter() - started if plan.chunks else 0.0
+        num_prefill, num_decode = self._step_ahead() or self._step_planned()
+        step_s = time.perf_counter() - started if num_prefill or num_decode else 0.0
         outputs, self._outputs = tuple(self._outputs), []
         done, self._done = tuple(self._done), []
-        num_decode = sum(chunk.length == 1 and chunk.start >= chunk.seq.num_prompt for chunk in plan.chunks)
         return StepReport(
             outputs=outputs,
             done=done,
             loads=tuple(loads),
             step_s=step_s,
-            num_prefill_tokens=plan.num_tokens - num_decode,
+            num_prefill_tokens=num_prefill,
             num_decode_tokens=num_decode,
             stats=self._stats(force=bool(loads or done) or not self._scheduler.has_work),
         )
@@ -195,9 +203,78 @@ class Engine:
 
     def _retire(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
+        if self._path is not None:
+            self._path.unseat(seq)
         del self._seqs[seq.request.id]
 
     # --- running ----------------------------------------------------------------------------------------------------
+
+    def _step_planned(self) -> tuple[int, int]:
+        """Take in what is in flight, then schedule and run; (prefill, decode) tokens of the step."""
+        num_read = self._read_in_flight()
+        plan, failed = self._scheduler.schedule(self._clock())
+        for seq, failure in failed:
+            self._finish(seq, "error", failure)
+        num_decode = sum(chunk.length == 1 and chunk.start >= chunk.seq.num_prompt for chunk in plan.chunks)
+        seqs = [chunk.seq for chunk in plan.chunks]
+        if self._path is not None and num_decode == len(seqs) and self._path.takes(seqs):
+            self._start_rows(self._path, seqs)
+            return 0, num_read
+        if plan.chunks:
+            self._run(plan)
+        return plan.num_tokens - num_decode, num_decode + num_read
+
+    def _step_ahead(self) -> tuple[int, int] | None:
+        """Launch the next decode step before the tokens of the one in flight are read. None where a schedule is due."""
+        path, scheduler = self._path, self._scheduler
+        if path is None or self._in_flight is None or scheduler.could_admit() or path.is_sparse():
+            return None
+        if scheduler.num_waiting and self._steps_ahead >= _MOST_STEPS_AHEAD:
+            return None
+        live = path.live()
+        for row, seq in live:
+            if not self._blocks.grow(seq, path.next_position(row) + 1):
+                return None
+        if not live:
+            return None
+        in_flight, self._in_flight = self._in_flight, None
+        self._launch_rows(path, live, fresh=False)
+        self._steps_ahead += 1
+        return 0, self._read_rows(in_flight)
+
+    def _start_rows(self, path: DecodePath, seqs: list[Sequence]) -> None:
+        path.seat(seqs)
+        self._steps_ahead = 0
+        self._launch_rows(path, path.live(), fresh=True)
+
+    def _launch_rows(self, path: DecodePath, live: list[tuple[int, Sequence]], *, fresh: bool) -> None:
+        try:
+            self._in_flight = path.launch(live, fresh=fresh)
+        except Exception as error:  # as in _run
+            for _, seq in live:
+                message = f"the step failed: {type(error).__name__}: {error}"
+                self._finish(seq, "error", Failure("engine_error", message))
+            return
+        self._scheduler.charge(seq for _, seq in live)
+        for _, seq in live:
+            seq.num_computed += 1
+
+    def _read_in_flight(self) -> int:
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None or self._path is None:
+            return 0
+        num_read = self._read_rows(in_flight)
+        self._path.clear()
+        return num_read
+
+    def _read_rows(self, launched: LaunchedRows) -> int:
+        found = launched.wait()
+        for seq, token_id, finite in found:
+            # It may have ended since: by an end-of-text token in the step before, or because its client left.
+            if seq.status is Status.RUNNING:
+                self._blocks.commit(seq)
+                self._append(seq, Sampled(token_id, None, finite))
+        return len(found)
 
     def _run(self, plan: Plan) -> None:
         try:
@@ -313,3 +390,25 @@ class Engine:
             prefix_query_tokens=scheduler.prefix_query_tokens,
             adapters=states,
         )
+
+
+def build_decode_path(
+    decoder: Decoder, kv: KVCache, limits: EngineLimits
+) -> tuple[DecodePath | None, FusedForward | None]:
+    """The fused forward pass and the decode rows, where the device and its kernels allow them."""
+    if decoder.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None, None
+    from loraplex_server.engine.decode_path import DecodePath
+    from loraplex_server.model.fused import FusedForward
+
+    forward = FusedForward(decoder, kv, max_sequences=limits.max_running)
+    path = DecodePath(
+        forward,
+        max_rows=limits.max_running,
+        max_model_len=limits.max_model_len,
+        block_size=limits.block_size,
+        vocab_size=decoder.spec.vocab_size,
+        device=decoder.device,
+    )
+    path.capture_all()
+    return path, forward

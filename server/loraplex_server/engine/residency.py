@@ -224,6 +224,11 @@ class AdapterResidency:
         entry = self._entries.get(digest)
         return entry is not None and entry.resident
 
+    def is_settled(self, digest: str) -> bool:
+        """Whether ``acquire`` would say something new: it is resident, or its load failed."""
+        entry = self._entries.get(digest)
+        return entry is not None and (entry.resident or entry.failure is not None)
+
     def take_failure(self, digest: str) -> Failure | None:
         """The failure of the last load, once."""
         entry = self._entries.get(digest)

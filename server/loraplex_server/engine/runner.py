@@ -1,10 +1,13 @@
-"""One forward pass: a plan becomes a batch, the batch becomes tokens.
+"""One forward pass of any plan: it becomes a batch, the batch becomes tokens.
 
 ``launch`` queues the work on the device, ``collect`` reads what came of it; between the two the host is free.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch, Segment
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from loraplex_server.model.fused import FusedForward
 
 # Rows of logits held at once while prompt log-probabilities are computed; bounds memory at large vocabularies.
 _PROMPT_LOGIT_ROWS = 256
@@ -44,7 +50,15 @@ class StepResult:
 class Runner:
     """Runs plans on one decoder and one KV cache."""
 
-    def __init__(self, decoder: Decoder, kv: KVCache, adapters: AdapterLookup, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVCache,
+        adapters: AdapterLookup,
+        sampler: Sampler,
+        fused: FusedForward | None = None,
+    ) -> None:
+        self._fused = fused
         self._decoder = decoder
         self._kv = kv
         self._adapters = adapters
@@ -54,7 +68,10 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         batch = build_batch(plan, self._kv.block_size, self._device)
-        hidden = self._decoder.forward(batch, self._kv, self._adapters)
+        if self._fused is not None:
+            hidden = self._fused.forward(batch, self._adapters)
+        else:
+            hidden = self._decoder.forward(batch, self._kv, self._adapters)
         seqs = tuple(chunk.seq for chunk in plan.chunks if chunk.samples)
         drawn = None
         if seqs:

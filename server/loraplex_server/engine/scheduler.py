@@ -8,7 +8,7 @@ adapter, with recompute-preemption when an adapter has waited long for a place.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from loraplex_server.engine.blocks import BlockPool
@@ -71,6 +71,7 @@ class Scheduler:
         self._lines: dict[str, _Line] = {}
         self.running: list[Sequence] = []
         self.num_waiting = 0
+        self._out_of_blocks = False
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -92,6 +93,7 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
         line = self._lines[seq.fairness_key]
+        self._out_of_blocks = False
         if seq.status is Status.RUNNING:
             self.running.remove(seq)
             self._give_back(seq)
@@ -114,9 +116,17 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running) or self.num_waiting > 0
 
-    def waiting_for(self, digest: str) -> list[Sequence]:
-        line = self._lines.get(digest)
-        return list(line.waiting) if line else []
+    def could_admit(self) -> bool:
+        """Whether a schedule now might start a waiting sequence (or fail it)."""
+        if self.num_waiting == 0 or self._out_of_blocks or len(self.running) >= self._limits.max_running:
+            return False
+        ready = (key == "" or self._residency.is_settled(key) for key, line in self._lines.items() if line.waiting)
+        return any(ready)
+
+    def charge(self, seqs: Iterable[Sequence]) -> None:
+        """Count one token of service for each."""
+        for seq in seqs:
+            self._lines[seq.fairness_key].service += 1
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -168,6 +178,7 @@ class Scheduler:
 
     def _admit(self, chunks: dict[int, Chunk], budget: int, now_s: float) -> list[tuple[Sequence, Failure]]:
         failed: list[tuple[Sequence, Failure]] = []
+        self._out_of_blocks = False
         closed: set[str] = set()  # lines that cannot go on in this step
         while budget > 0:
             key = self._least_served(closed)
@@ -195,6 +206,7 @@ class Scheduler:
             if not self._blocks.grow(seq, seq.num_computed + length):
                 self._blocks.release(seq)
                 self._let_adapter_go(seq)
+                self._out_of_blocks = True
                 break
             self._start(seq, line, now_s)
             chunks[id(seq)] = Chunk(seq, seq.num_computed, length)
