@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 
 
@@ -29,8 +30,12 @@ class Histogram:
 
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound as Prometheus writes it, observations up to it)."""
-        bounds = [*(repr(float(bound)) for bound in self._bounds), "+Inf"]
-        return list(zip(bounds, accumulate(map(float, self._counts)), strict=True))
+        return list(zip(_written(tuple(self._bounds)), accumulate(map(float, self._counts)), strict=True))
+
+
+@cache
+def _written(bounds: tuple[float, ...]) -> tuple[str, ...]:
+    return (*(repr(float(bound)) for bound in bounds), "+Inf")
 
 
 # Seconds. A token may take half a millisecond on a large GPU and a second on a laptop.

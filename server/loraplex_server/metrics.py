@@ -1,11 +1,11 @@
 """Every Prometheus metric: what the engine reports and what the HTTP side observes, written out when scraped.
 
-Observing is cheap and takes no lock: everything here, scraping included, happens on the event loop.
+Observing is cheap and takes no lock: everything but the writing of a scrape's text happens on the event loop.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import PLATFORM_COLLECTOR, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -63,9 +63,28 @@ class Metrics:
         """Drop the series of a retired adapter before the next scrape does."""
         self._requests.forget(name)
 
+    def snapshot(self) -> "Snapshot":
+        """Everything as it is now."""
+        return Snapshot(list(self._registry.collect()))
+
     def render(self) -> bytes:
-        """Everything in Prometheus' text format (``CONTENT_TYPE``)."""
-        return generate_latest(self._registry)
+        """Everything as it is now, in Prometheus' text format (``CONTENT_TYPE``)."""
+        return self.snapshot().text()
+
+
+class Snapshot(CollectorRegistry):
+    """Metrics at one moment. Writing them takes far longer than taking them, and may happen on any thread."""
+
+    def __init__(self, families: list[Metric]) -> None:
+        super().__init__()
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._families)
+
+    def text(self) -> bytes:
+        """Prometheus' text format (``CONTENT_TYPE``)."""
+        return generate_latest(self)
 
 
 class _EngineCounts:

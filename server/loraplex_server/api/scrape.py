@@ -1,5 +1,7 @@
 """What Prometheus reads."""
 
+import asyncio
+
 from fastapi import APIRouter
 from starlette.responses import Response
 
@@ -15,6 +17,7 @@ def scrape_router(metrics: Metrics, level: Access) -> APIRouter:
     @access(level)
     async def scrape() -> Response:
         """Everything that is measured, in Prometheus' text format."""
-        return Response(metrics.render(), media_type=CONTENT_TYPE)
+        text = await asyncio.to_thread(metrics.snapshot().text)
+        return Response(text, media_type=CONTENT_TYPE)
 
     return router
