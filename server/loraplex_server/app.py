@@ -12,6 +12,7 @@ from loraplex_adapters.errors import AdapterError
 from loraplex_server.api import adapters, chat, completions, health, models, tokenize, vllm_adapters
 from loraplex_server.api.adapter_changes import AdapterChanges
 from loraplex_server.api.body_limit import BodyLimit
+from loraplex_server.api.early_answer import EarlyAnswer
 from loraplex_server.api.request_log import RequestLog, note_failure
 from loraplex_server.api.scrape import scrape_router
 from loraplex_server.auth import AccessControl
@@ -63,6 +64,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=services.limits.max_body_bytes)
     app.add_middleware(AccessControl, keys=services.keys, routes=app.router.routes)
     app.add_middleware(RequestLog)
+    app.add_middleware(EarlyAnswer)
     return app
 
 

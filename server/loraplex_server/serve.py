@@ -49,6 +49,7 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
     app = create_app(services)
     server = DrainingServer(app, services.worker, config)
     server.run()
+    _log.info("stopped")
 
 
 def build_services(config: ServerConfig, progress: Progress | None = None) -> Services:
@@ -125,6 +126,8 @@ class DrainingServer(uvicorn.Server):
                 log_config=None,
                 server_header=False,
                 h11_max_incomplete_event_size=64 << 10,
+                # Longer than clients and proxies keep idle connections, or they would reuse one that is just being closed.
+                timeout_keep_alive=75,
                 timeout_graceful_shutdown=5,
             )
         )
