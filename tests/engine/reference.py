@@ -49,7 +49,7 @@ class Reference:
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """Log-probabilities after every position: [len(token_ids), V]."""
-        ids = torch.tensor([token_ids])
+        ids = torch.tensor([token_ids], device=self._model.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if adapter is None and hasattr(self._model, "disable_adapter"):
@@ -59,7 +59,7 @@ class Reference:
                 if adapter is not None:
                     self._model.set_adapter(adapter)
                 logits = self._model(ids, use_cache=False).logits
-        scores: torch.Tensor = logits[0].float().log_softmax(dim=-1)
+        scores: torch.Tensor = logits[0].float().log_softmax(dim=-1).cpu()
         return scores
 
     def greedy(self, prompt: Sequence[int], adapter: str | None, max_tokens: int) -> Answer:

@@ -8,29 +8,22 @@ left it.
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_server.engine.device_adapters import DeviceAdapters
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.kernels.rows import prepare_rows
 from loraplex_server.kernels.rows_ref import ADAPTER, NEW_BLOCK, NUM_COLUMNS, POSITION, TOKEN
 from loraplex_server.kernels.sampling import SampleWorkspace, SamplingMode, sample
-from loraplex_server.model.fused import AddDeltas, DecodeRows, FusedForward
+from loraplex_server.model.fused import DecodeRows, FusedForward
 
 # Rows that graphs are captured for; a step runs in the smallest that holds it.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _IN_FLIGHT: Final = 2
-
-
-class AddRows(Protocol):
-    """Adapters applied on the device, by each row's slot."""
-
-    def for_rows(self, slots: Tensor) -> AddDeltas:
-        """What adds the deltas of these rows: slots [B] int32 on the device, -1 = base only."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +43,7 @@ class LaunchedRows:
 
 
 class DecodePath:
-    """The rows of one engine. ``add`` applies adapters on the device by the rows' slots; None serves the base alone.
+    """The rows of one engine. ``adapters`` adds their deltas on the device.
 
     Owned by the engine's thread; everything runs on its current stream.
     """
@@ -64,10 +57,10 @@ class DecodePath:
         block_size: int,
         vocab_size: int,
         device: torch.device,
-        add: AddRows | None = None,
+        adapters: DeviceAdapters,
     ) -> None:
         self._forward = forward
-        self._add = add
+        self._adapters = adapters
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._buckets = (*(b for b in BUCKETS if b < max_rows), max_rows)
@@ -121,7 +114,7 @@ class DecodePath:
     def _takes(self, seq: Sequence) -> bool:
         params = seq.request.sampling
         plain = not (params.logit_bias or params.has_penalties) and params.num_logprobs is None
-        return plain and seq.num_output >= params.min_tokens and (seq.slot < 0 or self._add is not None)
+        return plain and seq.num_output >= params.min_tokens and (seq.slot < 0 or self._adapters.fits(seq.slot))
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -145,6 +138,7 @@ class DecodePath:
         self._ints.copy_(self._staged_ints, non_blocking=True)
         # The staging above is written again by the next seating, which must not overtake these copies.
         torch.cuda.current_stream().synchronize()
+        self._adapters.seat([seq.slot for seq in seqs], self._bucket())
         self._mode = _mode_of(seqs)
 
     def unseat(self, seq: Sequence) -> None:
@@ -181,8 +175,7 @@ class DecodePath:
     def launch(self, live: Rows[tuple[int, Sequence]], *, fresh: bool) -> LaunchedRows:
         """Start a step of these rows; their blocks hold the next position. ``fresh``: the host knows every row's token
         (the first step after seating); else the device has them from the step before."""
-        n = len(self._seqs)
-        bucket = next(b for b in self._buckets if b >= n)
+        bucket = self._bucket()
         turn, self._turn = self._turn, (self._turn + 1) % _IN_FLIGHT
         packed = self._staged_packed[turn].numpy()
         packed[:bucket] = -1
@@ -205,12 +198,15 @@ class DecodePath:
         finite[:bucket].copy_(self._finite[:bucket], non_blocking=True)
         return LaunchedRows(tuple(live), token_ids, finite, torch.cuda.current_stream().record_event())
 
+    def _bucket(self) -> int:
+        return next(b for b in self._buckets if b >= len(self._seqs))
+
     # --- graphs -----------------------------------------------------------------------------------------------------
 
     def capture_all(self) -> None:
         """Capture greedy steps of every bucket, largest first so that smaller ones reuse its memory."""
         for bucket in reversed(self._buckets):
-            for with_adapters in (False, True) if self._add is not None else (False,):
+            for with_adapters in (False, True):
                 self._graph(bucket, SamplingMode.GREEDY, with_adapters)
 
     @torch.inference_mode()
@@ -251,9 +247,7 @@ class DecodePath:
             rows.kv_lens,
             rows.adapters,
         )
-        add: AddDeltas | None = None
-        if with_adapters and self._add is not None:
-            add = self._add.for_rows(rows.adapters)
+        add = self._adapters.for_bucket(bucket) if with_adapters else None
         logits = self._forward.decode(rows, self._max_model_len, add)
         temperature, top_p, min_p = self._floats[:, :bucket]
         top_k, seeds = self._ints[:, :bucket]

@@ -113,7 +113,7 @@ class Engine:
             self._residency,
             SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.fair_wait_s),
         )
-        self._path, fused = build_decode_path(decoder, self._kv, limits)
+        self._path, fused = build_decode_path(decoder, self._kv, self._residency, limits)
         self._runner = Runner(decoder, self._kv, self._residency, Sampler(eos_ids), fused)
         self._in_flight: LaunchedRows | None = None
         self._steps_ahead = 0
@@ -393,14 +393,17 @@ class Engine:
 
 
 def build_decode_path(
-    decoder: Decoder, kv: KVCache, limits: EngineLimits
+    decoder: Decoder, kv: KVCache, residency: AdapterResidency, limits: EngineLimits
 ) -> tuple[DecodePath | None, FusedForward | None]:
     """The fused forward pass and the decode rows, where the device and its kernels allow them."""
     if decoder.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None, None
     from loraplex_server.engine.decode_path import DecodePath
+    from loraplex_server.engine.device_adapters import DeviceAdapters
     from loraplex_server.model.fused import FusedForward
 
+    adapters = DeviceAdapters(decoder.base_shape, residency.arena, max_rows=limits.max_running)
+    residency.tables = adapters
     forward = FusedForward(decoder, kv, max_sequences=limits.max_running)
     path = DecodePath(
         forward,
@@ -409,6 +412,7 @@ def build_decode_path(
         block_size=limits.block_size,
         vocab_size=decoder.spec.vocab_size,
         device=decoder.device,
+        adapters=adapters,
     )
     path.capture_all()
     return path, forward

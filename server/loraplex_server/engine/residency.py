@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -67,6 +68,13 @@ class _Landed:
     failure: Failure | None = None
 
 
+class SlotTables(Protocol):
+    """What is told of every resident adapter's place: its slot, its first element in the arena, its layout."""
+
+    def place(self, slot: int, start: int, layout: AdapterLayout) -> None: ...
+    def forget(self, slot: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Bytes that adapters may take on the device and in host memory."""
@@ -119,6 +127,8 @@ class AdapterResidency:
         self._num_copying = 0
         self._host_bytes = 0
         self._slots = _Slots()
+        # Where kernels find the factors; set where there are such kernels.
+        self.tables: SlotTables | None = None
         self._landed: queue.SimpleQueue[_Landed] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="adapter-copy")
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -189,6 +199,11 @@ class AdapterResidency:
         for digest in list(self._wanted):
             self._advance(self._entries[digest])
         return loads
+
+    @property
+    def arena(self) -> Tensor:
+        """The device memory that all resident adapters lie in."""
+        return self._arena.data
 
     # --- what is where ----------------------------------------------------------------------------------------------
 
@@ -302,6 +317,8 @@ class AdapterResidency:
         entry.extent = None
         if entry.slot >= 0:
             del self._deltas[entry.slot]
+            if self.tables is not None:
+                self.tables.forget(entry.slot)
             self._slots.give(entry.slot)
             entry.slot = -1
         self._forget_if_empty(entry)
@@ -317,6 +334,8 @@ class AdapterResidency:
         assert entry.extent is not None
         assert entry.layout is not None
         self._deltas[entry.slot] = entry.layout.deltas(self._arena.view(entry.extent))
+        if self.tables is not None:
+            self.tables.place(entry.slot, entry.extent.start, entry.layout)
 
     def _forget_if_empty(self, entry: _Entry) -> None:
         empty = entry.image is None and entry.extent is None and entry.phase is _Phase.STILL
