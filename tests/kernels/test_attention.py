@@ -8,7 +8,9 @@ from tests.kernels.triton_support import DEVICE, DTYPES, ON_GPU, assert_close, r
 
 from loraplex_server.kernels.attention_decode import DecodeWorkspace, paged_decode  # isort: skip
 from loraplex_server.kernels.attention_prefill import paged_prefill  # isort: skip
+from loraplex_server.kernels.rope_cache import rope_and_cache  # isort: skip
 from loraplex_server.kernels.attention_ref import paged_attention_ref
+from loraplex_server.kernels.rope_cache_ref import rope_and_cache_ref
 
 HEADS = [(4, 1, 64), (6, 2, 96), (7, 7, 64), (14, 2, 128)]
 
@@ -154,3 +156,33 @@ def test_long_sequences_on_a_device(window: int | None, dtype: torch.dtype) -> N
     q = randn(sum(query_lens), 32, 128, seed=13, dtype=dtype)
     out = paged_prefill(q, cache.k, cache.v, cache.tables, starts, cache.kv_lens, max_query_len=1024, window=window)
     assert_close(out, paged_attention_ref(q, cache.k, cache.v, cache.tables, starts, cache.kv_lens, window=window))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_a_replayed_graph_sees_the_key_that_the_launch_ahead_wrote() -> None:
+    cache = Paged([200, 40, 513], 2, 128, dtype=torch.bfloat16)
+    qkv = randn(16, 3, (8 + 2 * 2) * 128, seed=14, dtype=torch.bfloat16)
+    positions = cache.kv_lens.long() - 1
+    slots = cache.tables[torch.arange(3), positions // 16].long() * 16 + positions % 16
+    cos, sin = torch.rand(2, 600, 64, device=DEVICE)
+    workspace = DecodeWorkspace.allocate(max_sequences=3, num_heads=8, num_kv_heads=2, head_dim=128, device=DEVICE)
+    rows, out = qkv.clone(), torch.zeros(16, 3, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+
+    def steps() -> None:
+        for step in range(16):
+            rope_and_cache(rows[step], positions, cos, sin, slots, cache.k, cache.v)
+            q = rows[step, :, : 8 * 128].view(3, 8, 128)
+            paged_decode(q, cache.k, cache.v, cache.tables, cache.kv_lens, workspace, out=out[step])
+
+    steps()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steps()
+    rows.copy_(qkv)
+    out.zero_()
+    graph.replay()
+    for step in range(16):
+        expected = qkv[step].clone()
+        rope_and_cache_ref(expected, positions, cos, sin, slots, cache.k, cache.v)
+        assert_close(out[step], expected_decode(expected[:, : 8 * 128].view(3, 8, 128), cache))

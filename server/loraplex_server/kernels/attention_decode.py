@@ -20,10 +20,33 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from loraplex_server.kernels.launch import launch_options
 
 # Keys of one split at least. Shorter splits cost more to join than they save by running side by side.
-MIN_SPLIT: Final = 128
+MIN_SPLIT: Final = 256
+
+BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 8, 2
 
 # Programs of one launch beyond which more splits side by side bring nothing: two for each multiprocessor of an H200.
 _ENOUGH_PROGRAMS: Final = 264
+
+
+@triton.jit
+def _locate(
+    tables_ptr, row, table_stride, key, end, kv_head,
+    NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CACHE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Offset of each key's (and value's) head in the cache; block 0 past ``end``."""
+    block = tl.load(tables_ptr + row * table_stride + key // CACHE_BLOCK, mask=key < end, other=0).to(tl.int64)
+    return ((block * CACHE_BLOCK + key % CACHE_BLOCK) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+
+
+@triton.jit
+def _prefetch(cache_ptr, at, HEAD_DIM: tl.constexpr, LINES: tl.constexpr):
+    """Bring the heads at ``at`` into the second-level cache, 128 bytes at a time, without waiting for them."""
+    step: tl.constexpr = 1024 // cache_ptr.dtype.element_ty.primitive_bitwidth
+    line = tl.minimum(tl.arange(0, LINES) * step, HEAD_DIM - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [cache_ptr + at[:, None] + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -33,28 +56,37 @@ def _decode_kernel(
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, CACHE_BLOCK: tl.constexpr,
     MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-    JOIN_COLS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    JOIN_COLS: tl.constexpr, LINES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     lane = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
     num_keys = tl.load(lens_ptr + row)
     first_key = tl.where(window > 0, tl.maximum(num_keys - window, 0), 0)
     per_split = tl.cdiv(tl.cdiv(num_keys - first_key, MAX_SPLITS), BLOCK_N) * BLOCK_N
     per_split = tl.maximum(per_split, MIN_SPLIT)
     num_splits = tl.cdiv(num_keys - first_key, per_split)
 
+    if lane >= tl.maximum(num_splits, 1):
+        return
+    head_row = row * NUM_KV_HEADS + kv_head
+    if PDL:
+        # Lengths and tables are older than the launch ahead of this one; while that one ends, the first keys and
+        # values come closer.
+        ahead = tl.minimum(first_key + lane * per_split + tl.arange(0, MIN_SPLIT), tl.maximum(num_keys - 1, 0))
+        ahead = _locate(tables_ptr, row, table_stride, ahead, num_keys, kv_head, NUM_KV_HEADS, HEAD_DIM, CACHE_BLOCK)
+        _prefetch(k_ptr, ahead, HEAD_DIM, LINES)
+        _prefetch(v_ptr, ahead, HEAD_DIM, LINES)
+        gdc_wait()
+
     group = tl.arange(0, GROUP_BLOCK)
     dim = tl.arange(0, DIM_BLOCK)
     here = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    head_row = row * NUM_KV_HEADS + kv_head
     out_at = out_ptr + (head_row * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
-    if num_keys == 0 and lane == 0:
+    if num_keys == 0:
         tl.store(out_at, tl.zeros([GROUP_BLOCK, DIM_BLOCK], out_ptr.dtype.element_ty), mask=here)
-    if lane >= num_splits:
         return
     q_at = q_ptr + row * q_stride + (kv_head * GROUP + group)[:, None] * HEAD_DIM + dim[None, :]
     q = tl.load(q_at, mask=here, other=0.0)
@@ -69,8 +101,7 @@ def _decode_kernel(
         for start in range(begin, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             valid = key < end
-            block = tl.load(tables_ptr + row * table_stride + key // CACHE_BLOCK, mask=valid, other=0).to(tl.int64)
-            base = ((block * CACHE_BLOCK + key % CACHE_BLOCK) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+            base = _locate(tables_ptr, row, table_stride, key, end, kv_head, NUM_KV_HEADS, HEAD_DIM, CACHE_BLOCK)
             loads = valid[:, None] & (dim < HEAD_DIM)[None, :]
             k = tl.load(k_ptr + base[:, None] + dim[None, :], mask=loads, other=0.0)
             v = tl.load(v_ptr + base[:, None] + dim[None, :], mask=loads, other=0.0)
@@ -176,6 +207,9 @@ def paged_decode(
 ) -> Tensor:
     """``paged_attention_ref`` where every sequence has one row; a row whose ``kv_lens`` is 0 (padding) becomes zeros.
 
+    ``block_tables`` and ``kv_lens`` are read before the launch ahead has ended, so a kernel that lets its successors
+    start early (see ``launch_options``) must not write them; the KV cache may be written by any.
+
     Shapes: q [B, H, D], each row contiguous; k_cache, v_cache [blocks, block_size, Hkv, D] contiguous; block_tables
     [B, M] int32; kv_lens [B] int32; out [B, H, D] contiguous -> [B, H, D]. ``scale`` is ``1 / sqrt(D)`` by default.
     """
@@ -195,8 +229,10 @@ def paged_decode(
         q.stride(0), block_tables.stride(0), (scale or head_dim**-0.5) * 1.4426950408889634, window or 0,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim, DIM_BLOCK=dim_block, CACHE_BLOCK=cache_block,
-        MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=workspace.max_splits, BLOCK_N=64 if q.element_size() == 2 else 32,
-        JOIN_COLS=triton.next_power_of_2(group * head_dim), PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3, **launch_options(q.device),
+        MIN_SPLIT=MIN_SPLIT, MAX_SPLITS=workspace.max_splits, BLOCK_N=BLOCK_N if q.element_size() == 2 else 32,
+        JOIN_COLS=triton.next_power_of_2(group * head_dim),
+        LINES=triton.next_power_of_2(triton.cdiv(head_dim * q.element_size(), 128)),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **launch_options(q.device),
     )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ that each key is loaded once for all of them, and a decode row in a mixed batch 
 Defined by ``paged_attention_ref``. Source: FlashAttention-2 (arXiv 2307.08691), over block tables.
 """
 
+from typing import Final
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from loraplex_server.kernels.launch import launch_options
+
+# Rows, keys, warps and stages of a tile, for 16-bit heads.
+TILE: Final = (128, 64, 4, 3)
 
 
 @triton.jit
@@ -137,14 +142,22 @@ def paged_prefill(
         out = torch.empty((num_tokens, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    half = q.element_size() == 2
-    short = max_query_len * group <= 64
-    block_m = max(16 if short else 64 if not half else 128, triton.next_power_of_2(group))
+    block_m, block_n, num_warps, num_stages = _tile(q.element_size(), max_query_len * group)
+    block_m = max(block_m, triton.next_power_of_2(group))
     _prefill_kernel[(num_kv_heads, kv_lens.shape[0], triton.cdiv(max_query_len, block_m // group))](
         q, k_cache, v_cache, block_tables, query_starts, kv_lens, out, q.stride(0), block_tables.stride(0),
         (scale or head_dim**-0.5) * 1.4426950408889634, window or 0,
         NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, DIM_BLOCK=triton.next_power_of_2(head_dim),
-        CACHE_BLOCK=cache_block, BLOCK_M=block_m, BLOCK_N=64 if half else 32, WINDOWED=window is not None,
-        PRECISION="tf32" if half else "ieee", num_warps=4 if short else 8, num_stages=3, **launch_options(q.device),
+        CACHE_BLOCK=cache_block, BLOCK_M=block_m, BLOCK_N=block_n, WINDOWED=window is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=num_warps, num_stages=num_stages,
+        **launch_options(q.device),
     )  # fmt: skip
     return out
+
+
+def _tile(element_size: int, num_rows: int) -> tuple[int, int, int, int]:
+    """Rows and keys of a tile, warps and stages; ``num_rows`` counts the rows of the longest sequence in all heads of
+    a group."""
+    if num_rows <= 64:
+        return (16, 64 if element_size == 2 else 32, 4, 3)
+    return TILE if element_size == 2 else (64, 32, 8, 2)
