@@ -1,7 +1,7 @@
 """The documentation as tests see it: pages, the blocks in them that are run, and a server for those.
 
 A block that follows ``<!-- run -->`` is run in a folder in which ``server/`` is the checkout's, against a server of the
-embedded demo model; ``<!-- run keys -->`` against one with keys; with ``refused``, an HTTP error is what it shows. A block
+embedded demo model; ``<!-- run keys -->`` against one with the keys user-secret and admin-secret; with ``refused``, an HTTP error is what it shows. A block
 that follows ``<!-- prints -->`` is what the block before it must print; ``...`` stands for anything.
 """
 
@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
 ADDRESS = "127.0.0.1:8000"
-KEYS = {"LORAPLEX_API_KEY": "user-secret", "LORAPLEX_ADMIN_KEY": "admin-secret"}
 
 _MARK = re.compile(r"<!-- (run|prints)\b(.*?)-->")
 _FENCE = re.compile(r"```(\w*)")
@@ -92,14 +91,14 @@ def run_block(block: Block, address: str, folder: Path) -> None:
 
 
 @contextmanager
-def demo_server(folder: Path, *, keys: bool = False) -> Iterator[str]:
+def demo_server(folder: Path) -> Iterator[str]:
     """``host:port`` of a server of the embedded demo model, as ``make serve`` starts one."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("LORAPLEX_")}
     command = [sys.executable, "-m", "loraplex_server.cli", "serve", "--model", "demo", "--device", "cpu"]
     command += ["--port", "0", "--data-dir", str(folder / "data"), "--log-format", "json"]
     log = folder / "server.log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, env=env | (KEYS if keys else {}), stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
     try:
         yield _await_address(process, log)
     finally:

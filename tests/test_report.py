@@ -1,0 +1,57 @@
+"""The README's measured section is what the CSV files say, and says so where there are none."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.record import write_csv
+from benchmarks.report import BEGIN, END, NOTHING, README, with_measurements
+
+MARKED = f"before\n{BEGIN}\nold\n{END}\nafter\n"
+
+
+def cpu_row(engine: str, concurrency: int, repeat: int, rate: float) -> dict[str, object]:
+    load = {"concurrency": concurrency, "adapters": 4, "prompt_tokens": 128, "new_tokens": 32}
+    where = {"device": "a CPU", "commit": "abc", "torch": "2.13.0"}
+    return {"engine": engine, **load, "repeat": repeat, "seconds": 1, "output_tokens_per_s": rate, **where}
+
+
+def test_without_files_it_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    assert with_measurements(MARKED, tmp_path) == f"before\n{BEGIN}\n\n{NOTHING}\n\n{END}\nafter\n"
+
+
+def test_medians_and_the_ratio_to_the_faster_peer(tmp_path: Path) -> None:
+    rates = {
+        "loraplex float32": (30, 50, 40),
+        "transformers+peft float32": (10, 9, 11),
+        "transformers+peft bfloat16": (8, 8, 8),
+    }
+    rows = [cpu_row(engine, 8, repeat, rate) for engine, found in rates.items() for repeat, rate in enumerate(found)]
+    write_csv(tmp_path / "serving_cpu.csv", rows)
+    written = with_measurements(MARKED, tmp_path)
+    assert "| 8 | 4 | loraplex float32 | 40.0 | 4.00 |" in written
+    assert "| 8 | 4 | transformers+peft float32 | 10.0 |  |" in written
+    assert "Medians of 3 runs" in written
+    assert "a CPU" in written
+    assert "old" not in written
+
+
+def test_steps_by_batch_and_adapters(tmp_path: Path) -> None:
+    times = {"ms_per_step_median": 1.5, "ms_per_step_p10": 1.25, "ms_per_step_p90": 2}
+    where = {"device": "a GPU", "shape": "llama-8b", "load_s": 9.5}
+    write_csv(tmp_path / "engine_gpu.csv", [{"batch": 8, "adapters": 4, **times, **where}])
+    written = with_measurements(MARKED, tmp_path)
+    assert "| 8 | 4 | 1.50 | 1.25 | 2.00 |" in written
+    assert "loaded in 9.5 s" in written
+
+
+def test_a_readme_without_the_markers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lacks"):
+        with_measurements("no markers", tmp_path)
+
+
+def test_the_readme_says_what_the_files_say() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert with_measurements(readme) == readme, "write it with: python -m benchmarks.report"
+    assert re.search(r"\d", readme.partition(BEGIN)[2].partition(END)[0]) or NOTHING in readme
