@@ -90,11 +90,14 @@ class ScriptedWorker:
         for task in self._tasks:
             task.cancel()
 
-    def submit(self, request: Request) -> TokenStream:
+    def check_room(self, num_tokens: int = 0) -> None:
         if not self.running:
             raise EngineStopped("not running")
         if self.queue_full_after is not None and len(self.running_ids) >= self.queue_full_after:
             raise QueueFull("full", retry_after_s=2.5)
+
+    def submit(self, request: Request) -> TokenStream:
+        self.check_room()
         self.requests.append(request)
         self.running_ids.add(request.id)
         stream = TokenStream(request.id, self._abort)

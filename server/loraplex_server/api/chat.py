@@ -36,6 +36,7 @@ async def create_chat_completion(
     begun = time.perf_counter()
     _check(body)
     target_of(services, body.model)
+    services.worker.check_room()
     prompt_ids = await encode_chat(services, template_time, body.messages, dict(body.chat_template_kwargs or {}))
     generation = _generation(services, body, prompt_ids)
     encode_s = time.perf_counter() - begun

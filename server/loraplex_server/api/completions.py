@@ -36,6 +36,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     begun = time.perf_counter()
     _check(body)
     target_of(services, body.model)
+    services.worker.check_room()
     asks: list[Ask] = []
     for prompt in body.prompts:
         asks += _asks(services, body, await _prompt_ids(services, prompt))

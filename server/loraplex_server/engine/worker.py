@@ -178,15 +178,8 @@ class Worker:
 
     def submit(self, request: Request) -> TokenStream:
         """Queue a request. Raises QueueFull and EngineStopped, at once."""
-        if not self.running:
-            raise EngineStopped("the engine is not running" if not self._alive else "the server is shutting down")
+        self.check_room(len(request.prompt_ids))
         num_tokens = len(request.prompt_ids)
-        crowded = len(self._waiting_tokens) >= self._max_waiting
-        # A prompt larger than the whole allowance may still wait alone.
-        heavy = self._waiting_tokens and self._num_waiting_tokens + num_tokens > self._max_waiting_tokens
-        if crowded or heavy:
-            what = f"{len(self._waiting_tokens)} requests with {self._num_waiting_tokens} prompt tokens wait already"
-            raise QueueFull(f"the server is busy: {what}", self._retry_after_s())
         stream = TokenStream(request.id, self._abort)
         self._streams[request.id] = stream
         self._waiting_tokens[request.id] = num_tokens
@@ -194,6 +187,20 @@ class Worker:
         self._all_done.clear()
         self._inbox.put(Submit(request))
         return stream
+
+    def check_room(self, num_tokens: int = 0) -> None:
+        """Whether a prompt of this length would be taken now; asked before it is rendered, so that saying no is cheap.
+
+        Raises QueueFull and EngineStopped.
+        """
+        if not self.running:
+            raise EngineStopped("the engine is not running" if not self._alive else "the server is shutting down")
+        crowded = len(self._waiting_tokens) >= self._max_waiting
+        # A prompt larger than the whole allowance may still wait alone.
+        heavy = self._waiting_tokens and self._num_waiting_tokens + num_tokens > self._max_waiting_tokens
+        if crowded or heavy:
+            what = f"{len(self._waiting_tokens)} requests with {self._num_waiting_tokens} prompt tokens wait already"
+            raise QueueFull(f"the server is busy: {what}", self._retry_after_s())
 
     async def warm(self, digest: str) -> None:
         """Bring an adapter to the device. Raises EngineCallFailed, EngineStopped."""
