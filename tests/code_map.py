@@ -5,6 +5,7 @@ python -m tests.code_map          # writes it into README.md
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ BEGIN, END = "<!-- map:begin -->", "<!-- map:end -->"
 
 def files_of(package: Path) -> list[Path]:
     """All modules of a package, folder by folder; markers of packages that say nothing are left out."""
-    files = [path for path in package.rglob("*.py") if path.name != "__init__.py" or ast.get_docstring(_tree(path))]
+    known = _known_files(package)
+    files = [path for path in known if path.name != "__init__.py" or ast.get_docstring(_tree(path))]
     return sorted(files, key=lambda path: (path.parent != package, path.parent, path.name != "__init__.py", path.name))
 
 
@@ -47,6 +49,16 @@ def with_map(readme: str) -> str:
     _, _, after = rest.partition(END)
     written = "\n".join(lines())
     return f"{before}{BEGIN}\n{written}\n{END}{after}"
+
+
+def _known_files(package: Path) -> list[Path]:
+    """What git knows, so that work in progress beside it does not count; all files where there is no git."""
+    command = ["git", "-C", str(package), "ls-files", "-z", "--", "*.py"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        return list(package.rglob("*.py"))
+    return [package / name for name in listed if name and (package / name).is_file()]
 
 
 def _tree(path: Path) -> ast.Module:

@@ -5,6 +5,7 @@ import typer
 from loraplex_server.commands.adapters import adapters_app
 from loraplex_server.commands.chat import chat
 from loraplex_server.commands.demo import demo
+from loraplex_server.commands.extras import missing_packages, serve_without_server
 from loraplex_server.commands.serve import serve_command
 
 app = typer.Typer(
@@ -13,7 +14,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("serve")(serve_command())
+if missing_packages():
+    # Whatever follows `serve`, the answer is what to install.
+    app.command("serve", context_settings={"ignore_unknown_options": True})(serve_without_server)
+else:
+    app.command("serve")(serve_command())
 app.command()(demo)
 app.command()(chat)
 app.add_typer(adapters_app, name="adapters")

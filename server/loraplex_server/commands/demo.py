@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraplex_server.commands.extras import require_server
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -50,6 +52,7 @@ def demo(
 
         loraplex demo "What is the capital of Italy?"
     """
+    require_server()
     from rich.console import Console
 
     console = Console()
