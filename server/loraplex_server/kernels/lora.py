@@ -29,7 +29,7 @@ _MAX_SPLITS: Final = 16
 @triton.jit
 def _shrink_kernel(
     x_ptr, x_stride, arena_ptr, table_ptr, table_stride, order_ptr, starts_ptr, slots_ptr, partial_ptr, rank_capacity, k_size,
-    per_split, NUM_ROWS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr,
+    per_split, num_rows, ROWS: tl.constexpr, RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     group, split = tl.program_id(0), tl.program_id(1)
@@ -65,15 +65,15 @@ def _shrink_kernel(
                     mask=(r < rank)[None, :] & (k < k_end)[:, None], other=0.0,
                 )  # fmt: skip
                 acc += tl.dot(x, a)
-            out = partial_ptr + (split * NUM_ROWS + row[:, None]) * rank_capacity + r[None, :]
+            out = partial_ptr + (split * num_rows + row[:, None]) * rank_capacity + r[None, :]
             tl.store(out, acc, mask=(at < last)[:, None] & (r < rank)[None, :])
 
 
 @triton.jit
 def _expand_kernel(
     out_ptr, out_stride, arena_ptr, table_ptr, table_stride, order_ptr, starts_ptr, slots_ptr, partial_ptr, rank_capacity, k_size,
-    num_splits, n0, n1, n2, tiles0, tiles1,
-    NUM_ROWS: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK_N: tl.constexpr,
+    num_splits, n0, n1, n2, tiles0, tiles1, num_rows,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK_N: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1)
@@ -114,7 +114,7 @@ def _expand_kernel(
             v = tl.zeros([ROWS, RANKS], tl.float32)
             v_at = partial_ptr + row[:, None] * rank_capacity + (rank_base + r)[None, :]
             for split in range(num_splits):
-                v += tl.load(v_at + split * NUM_ROWS * rank_capacity, mask=inside, other=0.0)
+                v += tl.load(v_at + split * num_rows * rank_capacity, mask=inside, other=0.0)
             b = tl.load(
                 b_ptr + n[None, :].to(tl.int64) * rank + r[:, None],
                 mask=(n < n_size)[None, :] & (r < rank)[:, None], other=0.0,
@@ -173,14 +173,12 @@ def lora_rows(
         k_size,
     )
     _shrink_kernel[(num_groups, splits)](
-        x, x.stride(0), *shared, per_split,
-        NUM_ROWS=num_rows, ROWS=16, RANKS=16, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        x, x.stride(0), *shared, per_split, num_rows, ROWS=16, RANKS=16, BLOCK_K=block_k, num_warps=4, num_stages=3,
         **options,
     )  # fmt: skip
     block_n = 128
     tiles = [triton.cdiv(n, block_n) for n in (n0, n1, n2)]
     _expand_kernel[(sum(tiles), num_groups)](
-        out, out.stride(0), *shared, splits, n0, n1, n2, tiles[0], tiles[1],
-        NUM_ROWS=num_rows, ROWS=16, RANKS=16, BLOCK_N=block_n, num_warps=4, num_stages=2,
+        out, out.stride(0), *shared, splits, n0, n1, n2, tiles[0], tiles[1], num_rows, ROWS=16, RANKS=16, BLOCK_N=block_n, num_warps=4, num_stages=2,
         **options,
     )  # fmt: skip

@@ -54,6 +54,6 @@ def prepare_rows(
     num_rows = packed.shape[0]
     _prepare_kernel[(1,)](
         packed, sampled, block_tables, block_tables.stride(0), token_ids, positions, kv_slots, kv_lens, adapters,
-        num_rows, BLOCK_SIZE=block_size, BLOCK=triton.next_power_of_2(num_rows), num_warps=4,
+        num_rows, BLOCK_SIZE=block_size, BLOCK=max(256, triton.next_power_of_2(num_rows)), num_warps=4,
         **launch_options(packed.device),
     )  # fmt: skip
