@@ -2,15 +2,15 @@
 """One token a row, drawn on the device without a sort and without a word from the host. Defined by ``sample_ref``.
 
 Every program takes one part of one row's vocabulary. Rows without filters need two launches: the best (noisy) score
-of each part, then of each row. Rows with top-k, top-p or min-p take two more in between: a histogram over the row's
-range of logits, and a copy of the tokens above the lowest bin that still leaves few enough of them. The last launch
+of each part, then of each row. Rows with top-k, top-p or min-p take three more in between: a histogram over the
+row's range of logits, the lowest bin above which few enough tokens lie, and a copy of those tokens. The last launch
 finds the kept tokens among those by bisection; in the rare row where they do not hold the answer (a nucleus of
 thousands of tokens) it reads the whole row instead, slowly and just as exactly.
 
 No program writes what another one of the same launch reads, and sums have a fixed order: results repeat bit by bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final
 
@@ -19,7 +19,8 @@ import triton
 from torch import Tensor
 
 from loraplex_server.kernels.launch import launch_options
-from loraplex_server.kernels.sampling_device import choose, compact, histogram, score
+from loraplex_server.kernels.sampling_choose import choose
+from loraplex_server.kernels.sampling_device import compact, histogram, levels, score
 
 PART: Final = 4096
 _BINS: Final = 128
@@ -38,8 +39,8 @@ class SamplingMode(Enum):
 class SampleWorkspace:
     """What the launches hand to each other; reused by every step, never by two streams at once.
 
-    Shapes, for R rows of P parts: scores, lows, masses [R, P] float32; ids [R, P] int32; bins [R, P, 128] int32;
-    values [R, 2048] float32 and value_ids [R, 2048] int32.
+    Shapes, for R rows of P parts: scores, lows, masses [R, P] float32; ids, offsets [R, P] int32; bins [R, P, 128]
+    int32; taken [R, 2] int32 (bins, tokens); values [R, 2048] float32 and value_ids [R, 2048] int32.
     """
 
     scores: Tensor
@@ -47,6 +48,8 @@ class SampleWorkspace:
     lows: Tensor
     masses: Tensor
     bins: Tensor
+    taken: Tensor
+    offsets: Tensor
     values: Tensor
     value_ids: Tensor
 
@@ -63,13 +66,15 @@ class SampleWorkspace:
             lows=empty(num_parts),
             masses=empty(num_parts),
             bins=empty(num_parts, _BINS, dtype=torch.int32),
+            taken=empty(2, dtype=torch.int32),
+            offsets=empty(num_parts, dtype=torch.int32),
             values=empty(_MAX_CANDIDATES),
             value_ids=empty(_MAX_CANDIDATES, dtype=torch.int32),
         )
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self.scores, self.ids, self.lows, self.masses, self.bins, self.values, self.value_ids)
+        tensors = (getattr(self, field.name) for field in fields(self))
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -117,14 +122,19 @@ def sample(
             *row_args, workspace.scores, workspace.lows, workspace.masses, workspace.bins,
             PART=PART, PART_BLOCK=part_block, BINS=_BINS, num_warps=8, **options,
         )  # fmt: skip
+        levels[(num_rows,)](
+            vocab_size, num_parts, temperature, top_k, top_p, min_p, workspace.bins, workspace.taken,
+            workspace.offsets, PART_BLOCK=part_block, BINS=_BINS, CANDIDATES=_MAX_CANDIDATES, num_warps=4, **options,
+        )  # fmt: skip
         compact[parts](
-            *row_args, workspace.scores, workspace.lows, workspace.bins, workspace.values, workspace.value_ids,
+            *row_args, workspace.scores, workspace.lows, workspace.taken, workspace.offsets, workspace.values,
+            workspace.value_ids,
             PART=PART, PART_BLOCK=part_block, BINS=_BINS, CANDIDATES=_MAX_CANDIDATES, num_warps=8, **options,
         )  # fmt: skip
     choose[(num_rows,)](
-        *row_args, seeds, positions, workspace.scores, workspace.ids, workspace.masses, workspace.bins,
+        *row_args, seeds, positions, workspace.scores, workspace.ids, workspace.masses, workspace.taken,
         workspace.values, workspace.value_ids, out, finite.view(torch.int8),
-        PART=PART, PART_BLOCK=part_block, BINS=_BINS, CANDIDATES=_MAX_CANDIDATES, FILTERED=filtered,
+        PART=PART, PART_BLOCK=part_block, CANDIDATES=_MAX_CANDIDATES, FILTERED=filtered,
         num_warps=8 if filtered else 1, **accurate, **options,
     )  # fmt: skip
     return out
