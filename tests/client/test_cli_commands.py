@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from loraplex_server.commands import chat as chat_module
 from loraplex_server.commands.adapters import adapters_app
 from loraplex_server.commands.chat import chat
-from loraplex_server.commands.rendering import printable, size
+from loraplex_server.commands.rendering import print_table, printable, size
 
 from .drivers import adapter_json, chat_chunk
 from .servers import FakeServer, Handler, Seen, stream_words
@@ -338,6 +338,14 @@ def test_every_command_has_an_example() -> None:
         assert result.exit_code == 0
         assert f"Example: loraplex adapters {command}" in result.stdout
     assert "Example: loraplex chat" in runner.invoke(chat_app, ["--help"]).stdout
+
+
+def test_a_row_that_is_piped_on_stays_on_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    print_table(["name", "source"], [["a" * 60, "b" * 60]])
+    assert any("a" * 60 in line and "b" * 60 in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_sizes() -> None:

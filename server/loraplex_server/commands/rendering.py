@@ -36,8 +36,10 @@ def print_table(header: list[str] | None, rows: list[list[str]]) -> None:
         # Text, not markup: names come from other people.
         table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
-    # Piped into grep or a file, a row stays on its line.
-    console.print(table, width=None if console.is_terminal else 200)
+    if not console.is_terminal:
+        # Piped into grep or a file, a row stays on its line.
+        console = Console(width=200)
+    console.print(table)
 
 
 def printable(text: str) -> str:
