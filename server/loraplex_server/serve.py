@@ -1,6 +1,7 @@
 """Puts a server together: base, adapters, engine, HTTP; runs it, and drains it when asked to stop."""
 
 import asyncio
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
 
 def build_services(config: ServerConfig, progress: Progress | None = None) -> Services:
     """Everything behind the HTTP routes; the engine itself starts with the app."""
+    _lock(config.adapters.data_dir)
     folder = resolve(config.model.model, revision=config.model.revision, token=os.environ.get("HF_TOKEN"))
     tokenizer = _load_tokenizer(folder, config.model)
     device = _pick_device(config.model.device)
@@ -180,7 +182,6 @@ def _pick_device(name: str) -> torch.device:
 def _open_adapters(config: AdapterConfig, decoder: Decoder, base_names: tuple[str, ...]) -> AdapterInstaller:
     """The store and the registry of the data directory. Raises StartError if they belong to another base."""
     base = decoder.base_shape
-    config.data_dir.mkdir(parents=True, exist_ok=True)
     registry = AdapterRegistry(config.data_dir / "registry.sqlite", reserved=base_names)
     store = AdapterStore(config.data_dir)
     used = registry.digests_in_use()
@@ -200,6 +201,19 @@ def _open_adapters(config: AdapterConfig, decoder: Decoder, base_names: tuple[st
         config.roots, os.environ.get("HF_TOKEN"), max_bytes=config.max_bytes, allow_hub=config.allow_hub
     )
     return AdapterInstaller(store, registry, sources, base)
+
+
+def _lock(data_dir: Path) -> None:
+    """Keep the data directory to this process until it ends, however it ends."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise StartError(
+            f"another server uses the data directory {data_dir}; give this one a --data-dir of its own"
+        ) from None
 
 
 def _preload(installer: AdapterInstaller, config: AdapterConfig) -> list[tuple[str, bool]]:
