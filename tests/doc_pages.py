@@ -75,7 +75,12 @@ def run_block(block: Block, address: str, folder: Path) -> None:
     text = block.text.replace(ADDRESS, address)
     env = {key: value for key, value in os.environ.items() if not key.startswith("LORAPLEX_")}
     env |= {"LORAPLEX_BASE_URL": f"http://{address}", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
-    env |= {"PYTHONWARNINGS": "error::ResourceWarning", "COLUMNS": "120"}
+    env |= {
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+        "PYTHONWARNINGS": "error::ResourceWarning",
+        "COLUMNS": "120",
+    }
     marks = block.marks or ()
     if block.language == "python":
         command = [sys.executable, "-c", text]
