@@ -152,7 +152,13 @@ def main() -> None:
             rows.append(run_case(engine, decoder, batch, adapters, args))
         engine.close()
     where = circumstances(["transformers", "bitsandbytes"])
-    settings = {"shape": args.shape, "rank": args.rank, "quantization": args.quantization, "dtype": str(decoder.dtype)}
+    settings: dict[str, object] = {
+        "shape": args.shape,
+        "rank": args.rank,
+        "quantization": args.quantization,
+        "dtype": str(decoder.dtype),
+        "source": "checkpoint" if args.checkpoint else "dummy",
+    }
     write_csv(args.out, [{**settings, **row, **facts, "seed": args.seed, **where} for row in rows[1:]])
     print(f"wrote {args.out}")
 

@@ -28,7 +28,8 @@ def with_measurements(readme: str, results: Path = RESULTS) -> str:
 
 def report(results: Path) -> str:
     """All tables, as Markdown."""
-    sections = [serving_cpu(read(results / "serving_cpu.csv")), engine_gpu(read(results / "engine_gpu.csv"))]
+    sections = [serving_cpu(read(results / "serving_cpu.csv"))]
+    sections += [engine(path.name, read(path)) for path in sorted(results.glob("engine*.csv"))]
     return "\n\n".join(section for section in sections if section) or NOTHING
 
 
@@ -67,12 +68,14 @@ def serving_cpu(rows: Sequence[Row]) -> str:
     return f"{head}\n\n{_table(columns, table)}\n\nSource: `benchmarks/results/serving_cpu.csv`, `make bench`."
 
 
-def engine_gpu(rows: Sequence[Row]) -> str:
-    """Milliseconds of one decode step by batch and adapters, and what loading took."""
+def engine(name: str, rows: Sequence[Row]) -> str:
+    """Milliseconds of one decode step by batch and adapters, and what loading took, from the file of this name."""
     if not rows:
         return ""
     first = rows[0]
-    facts = [f"{word} {first[key]} {unit}" for word, key, unit in _LOAD_FACTS if first.get(key)]
+    facts = [f"{word} {first[key]} {unit}" for word, key, unit in _LOAD_FACTS if float(first.get(key) or 0)]
+    if first.get("source") == "checkpoint" and first.get("load_s"):
+        facts.insert(0, f"loaded from a checkpoint in {first['load_s']} s")
     head = (
         f"The engine alone on one {_of(first, 'device')}: a random base of shape {_of(first, 'shape')}, "
         f"{_of(first, 'quantization')}, rank-{_of(first, 'rank')} adapters, sequence *i* on adapter *i* modulo their number"
@@ -88,11 +91,10 @@ def engine_gpu(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     columns = ["batch", "adapters", "ms/step, median", "10th percentile", "90th percentile"]
-    return f"{head}\n\n{_table(columns, table)}\n\nSource: `benchmarks/results/engine_gpu.csv`, `python -m benchmarks.engine`."
+    return f"{head}\n\n{_table(columns, table)}\n\nSource: `benchmarks/results/{name}`, `python -m benchmarks.engine`."
 
 
 _LOAD_FACTS = (
-    ("loaded in", "load_s", "s"),
     ("weights", "weights_gb", "GB"),
     ("peak while loading", "load_peak_gb", "GB"),
 )

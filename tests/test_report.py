@@ -37,11 +37,11 @@ def test_medians_and_the_ratio_to_the_faster_peer(tmp_path: Path) -> None:
 
 def test_steps_by_batch_and_adapters(tmp_path: Path) -> None:
     times = {"ms_per_step_median": 1.5, "ms_per_step_p10": 1.25, "ms_per_step_p90": 2}
-    where = {"device": "a GPU", "shape": "llama-8b", "load_s": 9.5}
+    where = {"device": "a GPU", "shape": "llama-8b", "load_s": 9.5, "source": "checkpoint"}
     write_csv(tmp_path / "engine_gpu.csv", [{"batch": 8, "adapters": 4, **times, **where}])
     written = with_measurements(MARKED, tmp_path)
     assert "| 8 | 4 | 1.50 | 1.25 | 2.00 |" in written
-    assert "loaded in 9.5 s" in written
+    assert "loaded from a checkpoint in 9.5 s" in written
 
 
 def test_a_readme_without_the_markers_is_refused(tmp_path: Path) -> None:
