@@ -119,6 +119,12 @@ def test_the_map_of_the_code_is_complete() -> None:
     assert with_map(README) == README, "the README's map is out of date; write it with: python -m tests.code_map"
 
 
+def test_make_targets_are_there() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"\bmake ([a-z]+)`", page.read_text(encoding="utf-8"))}
+    assert {"demo", "serve", "test", "check"} <= named <= targets
+
+
 @pytest.mark.parametrize("setting", list(ServeSettings.model_fields))
 def test_every_setting_is_documented(setting: str) -> None:
     assert f"`{flag_of(setting)}`" in _docs("reference/settings.md")

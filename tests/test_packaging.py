@@ -80,3 +80,28 @@ def test_client_commands_need_no_server_packages() -> None:
 def test_the_client_needs_no_server_packages() -> None:
     done = run("import loraplex_client\nprint(loraplex_client.Loraplex('http://127.0.0.1:1').base_url)")
     assert done.stdout == "http://127.0.0.1:1\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "server/loraplex_server/py.typed",
+        "server/loraplex_server/demo/model/model.safetensors",
+        "server/loraplex_server/demo/model/chat_template.jinja",
+        "server/loraplex_server/demo/adapters/emoji/adapter_model.safetensors",
+        "server/loraplex_server/kernels/cuda/common.cuh",
+        "server/loraplex_server/kernels/cuda/nf4_mma.cu",
+        "adapters/loraplex_adapters/py.typed",
+        "clients/loraplex_client/py.typed",
+        "LICENSE",
+    ],
+)
+def test_the_wheel_holds(file: str) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "packages"
+    ]
+    assert file in PROJECT["license-files"] or any(file.startswith(f"{package}/") for package in packages)
+    assert (ROOT / file).is_file()
+    # The build leaves out whatever .gitignore names.
+    ignored = subprocess.run(["git", "-C", str(ROOT), "check-ignore", "--no-index", file], capture_output=True)
+    assert ignored.returncode != 0, f"{file} is ignored by git"
