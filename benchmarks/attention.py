@@ -9,6 +9,7 @@ does between the weights of a model. Shapes are Llama-3.1-8B's; the peer of pref
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -154,11 +155,38 @@ def small_op_rows(batch: int) -> Iterator[Row]:
     yield Row("silu_mul", shape, us, 1.5 * gate_up.nbytes / BYTES_PER_US)
 
 
-def sample_row(batch: int, mode: SamplingMode) -> Row:
-    logits = 2.5 * torch.randn(batch, VOCAB, device=DEVICE)
+def layer_row(batch: int, kv_len: int) -> Row:
+    """What a decoder layer runs beside its linears, in order: what of it hides behind the launch before is not paid."""
+    num_bytes = 2 * batch * kv_len * NUM_KV_HEADS * HEAD_DIM * 2
+    cache = Cache.random(max(16, COLD_BYTES // num_bytes), batch, kv_len)
+    x, residual, weight, normed = randn(batch, HIDDEN), randn(batch, HIDDEN), randn(HIDDEN), randn(batch, HIDDEN)
+    qkv, out = randn(batch, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM), randn(batch, NUM_HEADS, HEAD_DIM)
+    q = qkv[:, : NUM_HEADS * HEAD_DIM].view(batch, NUM_HEADS, HEAD_DIM)
+    positions = cache.kv_lens.long() - 1
+    slots = cache.tables[:, -1].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+    cos, sin = torch.rand(2, kv_len, HEAD_DIM // 2, device=DEVICE)
+    gate_up, activated = randn(batch, 2 * INNER), randn(batch, INNER)
+    workspace = DecodeWorkspace.allocate(
+        max_sequences=batch, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, device=DEVICE
+    )
+
+    def launch(k: Tensor, v: Tensor) -> None:
+        add_rms_norm(x, residual, weight, 1e-5, out=normed)
+        rope_and_cache(qkv, positions, cos, sin, slots, k, v)
+        paged_decode(q, k, v, cache.tables, cache.kv_lens, workspace, out=out)
+        add_rms_norm(x, residual, weight, 1e-5, out=normed)
+        silu_mul(gate_up, out=activated)
+
+    us = time_graph([partial(launch, k, v) for k, v in zip(cache.k, cache.v, strict=True)])
+    return Row("layer without linears", f"B={batch} kv={kv_len}", us, num_bytes / BYTES_PER_US)
+
+
+def sample_row(batch: int, mode: SamplingMode, spread: float = 2.5) -> Row:
+    """Normal logits; at a spread of 0.02 a nucleus of 0.9 keeps most of the vocabulary, the slow case."""
+    logits = spread * torch.randn(batch, VOCAB, device=DEVICE)
     temperature = torch.full((batch,), 0.0 if mode is SamplingMode.GREEDY else 0.7, device=DEVICE)
     filtered = mode is SamplingMode.FILTERED
-    top_k = torch.full((batch,), 20 if filtered else 0, device=DEVICE)
+    top_k = torch.full((batch,), 20 if filtered and spread > 1 else 0, device=DEVICE)
     top_p = torch.full((batch,), 0.9 if filtered else 1.0, device=DEVICE)
     seeds = torch.arange(batch, device=DEVICE)
     workspace = SampleWorkspace.allocate(max_rows=batch, vocab_size=VOCAB, device=DEVICE)
@@ -168,7 +196,8 @@ def sample_row(batch: int, mode: SamplingMode) -> Row:
     def launch() -> None:
         sample(logits, temperature, top_k, top_p, zeros, seeds, seeds, workspace, mode=mode, out=out, finite=finite)
 
-    return Row(f"sample {mode.name.lower()}", f"R={batch}", time_graph([launch] * 32), logits.nbytes / BYTES_PER_US)
+    name = f"sample {mode.name.lower()}" + ("" if spread > 1 else ", flat")
+    return Row(name, f"R={batch}", time_graph([launch] * 32), logits.nbytes / BYTES_PER_US)
 
 
 def measure() -> Iterator[Row]:
@@ -181,9 +210,13 @@ def measure() -> Iterator[Row]:
         yield prefill_row(batch, query_len, prefix)
     for batch in (1, 8, 32, 64, 2048):
         yield from small_op_rows(batch)
+    for batch in (1, 8, 32, 64):
+        yield layer_row(batch, 192)
     for mode in SamplingMode:
         for batch in (1, 8, 32, 64):
             yield sample_row(batch, mode)
+    for batch in (1, 32):
+        yield sample_row(batch, SamplingMode.FILTERED, spread=0.02)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from loraplex_server.kernels.sampling_choose import choose
 from loraplex_server.kernels.sampling_device import compact, histogram, levels, score
 
 PART: Final = 4096
-_BINS: Final = 128
+_BINS: Final = 64
 _MAX_CANDIDATES: Final = 2048
 
 
@@ -39,7 +39,7 @@ class SamplingMode(Enum):
 class SampleWorkspace:
     """What the launches hand to each other; reused by every step, never by two streams at once.
 
-    Shapes, for R rows of P parts: scores, lows, masses [R, P] float32; ids, offsets [R, P] int32; bins [R, P, 128]
+    Shapes, for R rows of P parts: scores, lows, masses [R, P] float32; ids, offsets [R, P] int32; bins [R, P, 64]
     int32; taken [R, 2] int32 (bins, tokens); values [R, 2048] float32 and value_ids [R, 2048] int32.
     """
 
@@ -132,9 +132,9 @@ def sample(
             PART=PART, PART_BLOCK=part_block, BINS=_BINS, CANDIDATES=_MAX_CANDIDATES, num_warps=8, **options,
         )  # fmt: skip
     choose[(num_rows,)](
-        *row_args, seeds, positions, workspace.scores, workspace.ids, workspace.masses, workspace.taken,
-        workspace.values, workspace.value_ids, out, finite.view(torch.int8),
+        *row_args, seeds, positions, workspace.scores, workspace.ids, workspace.lows, workspace.masses,
+        workspace.taken, workspace.values, workspace.value_ids, out, finite.view(torch.int8),
         PART=PART, PART_BLOCK=part_block, CANDIDATES=_MAX_CANDIDATES, FILTERED=filtered,
-        num_warps=8 if filtered else 1, **accurate, **options,
+        num_warps=16 if filtered else 1, **accurate, **options,
     )  # fmt: skip
     return out

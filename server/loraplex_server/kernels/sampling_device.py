@@ -46,10 +46,14 @@ def is_filtered(row, size, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr):
 
 
 @triton.jit
-def load_scaled(logits_ptr, row, stride, size, ids, temperature_ptr):
-    """Logits over temperature, -inf past the end; unscaled in a greedy row."""
-    temperature = tl.load(temperature_ptr + row)
-    x = tl.load(logits_ptr + row.to(tl.int64) * stride + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+def load_logits(logits_ptr, row, stride, size, ids):
+    """Logits as float32, -inf past the end."""
+    return tl.load(logits_ptr + row.to(tl.int64) * stride + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def divided(x, temperature):
+    """Rounded as torch divides; the hardware's own division is not."""
     return tl.math.div_rn(x, tl.where(temperature == 0.0, 1.0, temperature) + tl.zeros_like(x))
 
 
@@ -72,21 +76,22 @@ def score(
         gdc_launch_dependents()
         gdc_wait()
     ids = part * PART + tl.arange(0, PART)
-    x = load_scaled(logits_ptr, row, stride, size, ids, temperature_ptr)
-    scores = x
+    scores = load_logits(logits_ptr, row, stride, size, ids)
+    # A part with a NaN says so in its score; rows with one are reported, not drawn.
+    spoiled = tl.max((scores != scores).to(tl.int32), axis=0) > 0
+    scores = tl.where(scores == scores, scores, float("-inf"))
     if NOISY:
-        draws = tl.load(temperature_ptr + row) != 0.0
+        temperature = tl.load(temperature_ptr + row)
+        draws = temperature != 0.0
         if FILTERED:
             filtered = is_filtered(row, size, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr)
             draws = draws & (filtered == 0)
             if filtered:
-                low = tl.min(tl.where(x > float("-inf"), x, float("inf")), axis=0)
+                low = tl.min(tl.where(scores > float("-inf"), scores, float("inf")), axis=0)
                 tl.store(lows_ptr + row * num_parts + part, low)
         if draws:
-            scores = x + gumbel(row, seeds_ptr, positions_ptr, ids, ACCURATE_LOG)
-    # A part with a NaN says so in its score; rows with one are reported, not drawn.
-    spoiled = tl.max((x != x).to(tl.int32), axis=0) > 0
-    highest, best_id = best_of(tl.where(x == x, scores, float("-inf")), ids, size)
+            scores = divided(scores, temperature) + gumbel(row, seeds_ptr, positions_ptr, ids, ACCURATE_LOG)
+    highest, best_id = best_of(scores, ids, size)
     tl.store(scores_ptr + row * num_parts + part, tl.where(spoiled, float("nan"), highest))
     tl.store(ids_ptr + row * num_parts + part, best_id)
 
@@ -98,11 +103,16 @@ def _row_high(scores_ptr, row, num_parts, PART_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _bin(x, high, row, num_parts, lows_ptr, PART_BLOCK: tl.constexpr, BINS: tl.constexpr):
-    """Which of BINS equal slices of the row's range each logit falls into, the highest first."""
+def row_low(lows_ptr, row, num_parts, PART_BLOCK: tl.constexpr):
     parts = tl.arange(0, PART_BLOCK)
-    low = tl.min(tl.load(lows_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("inf")), axis=0)
-    depth = (high - x) * (BINS / tl.where(high > low, high - low, 1.0))
+    return tl.min(tl.load(lows_ptr + row * num_parts + parts, mask=parts < num_parts, other=float("inf")), axis=0)
+
+
+@triton.jit
+def _bin(x, high, low, BINS: tl.constexpr):
+    """Which of BINS equal slices of the row's range a logit falls into, the highest first; all that is far below the
+    highest falls into the last, so that one forbidding bias does not stretch the others."""
+    depth = (high - x) * (BINS / tl.where(high > low, tl.minimum(high - low, 64.0), 1.0))
     return tl.where(depth < BINS - 1, depth, BINS - 1).to(tl.int32)
 
 
@@ -120,10 +130,11 @@ def histogram(
     if is_filtered(row, size, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr) == 0:
         return
     ids = part * PART + tl.arange(0, PART)
-    x = load_scaled(logits_ptr, row, stride, size, ids, temperature_ptr)
+    x = load_logits(logits_ptr, row, stride, size, ids)
     high = _row_high(scores_ptr, row, num_parts, PART_BLOCK)
-    tl.store(masses_ptr + row * num_parts + part, tl.sum(tl.exp(x - high), axis=0))
-    counts = tl.histogram(_bin(x, high, row, num_parts, lows_ptr, PART_BLOCK, BINS), BINS)
+    mass = tl.sum(tl.exp((x - high) * (1.0 / tl.load(temperature_ptr + row))), axis=0)
+    tl.store(masses_ptr + row * num_parts + part, mass)
+    counts = tl.histogram(_bin(x, high, row_low(lows_ptr, row, num_parts, PART_BLOCK), BINS), BINS)
     bins = tl.arange(0, BINS)
     # Entries past the end of the vocabulary sit in the last bin, which is never taken as a whole.
     tl.store(bins_ptr + (row * num_parts + part) * BINS + bins, counts)
@@ -170,9 +181,9 @@ def compact(
     taken = tl.load(taken_ptr + row * 2)
     offset = tl.load(offsets_ptr + row * num_parts + part)
     ids = part * PART + tl.arange(0, PART)
-    x = load_scaled(logits_ptr, row, stride, size, ids, temperature_ptr)
+    x = load_logits(logits_ptr, row, stride, size, ids)
     high = _row_high(scores_ptr, row, num_parts, PART_BLOCK)
-    wanted = _bin(x, high, row, num_parts, lows_ptr, PART_BLOCK, BINS) < taken
+    wanted = _bin(x, high, row_low(lows_ptr, row, num_parts, PART_BLOCK), BINS) < taken
     place = row * CANDIDATES + offset + tl.cumsum(wanted.to(tl.int32), axis=0) - 1
     tl.store(values_ptr + place, x, mask=wanted)
     tl.store(value_ids_ptr + place, ids, mask=wanted)
