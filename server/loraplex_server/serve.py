@@ -5,6 +5,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
@@ -23,6 +24,7 @@ from loraplex_server.auth import Access, Keys, is_loopback
 from loraplex_server.engine.engine import Engine, EngineLimits
 from loraplex_server.engine.messages import Pin, Warm
 from loraplex_server.engine.worker import Worker
+from loraplex_server.listening import CannotListen, take_addresses
 from loraplex_server.memory_plan import GIB, inspect, plan_memory
 from loraplex_server.metrics import Metrics, adapter_names
 from loraplex_server.model.decoder import Decoder
@@ -46,10 +48,15 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
 
     Raises: StartError, ModelError, AdapterError, TooLittleMemory.
     """
-    services = build_services(config, progress)
-    app = create_app(services)
-    server = DrainingServer(app, services.worker, config)
-    server.run()
+    try:
+        sockets = take_addresses(config.http.host, config.http.port)
+    except CannotListen as error:
+        raise StartError(str(error)) from error
+    with ExitStack() as stack:
+        for bound in sockets:
+            stack.enter_context(bound)
+        services = build_services(config, progress)
+        DrainingServer(create_app(services), services.worker, config).run(sockets)
     _log.info("stopped")
 
 

@@ -134,7 +134,7 @@ class ServerProcess:
         return {
             str(path.relative_to(self.data_dir))
             for path in self.data_dir.rglob("*")
-            if not path.name.startswith("registry.sqlite")
+            if not path.name.startswith(("registry.sqlite", "lock"))
         }
 
     # --- using it ---------------------------------------------------------------------------------------------------

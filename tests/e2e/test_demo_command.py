@@ -27,7 +27,9 @@ def test_the_demo_shows_every_adapter_and_exits_with_zero() -> None:
     assert "🌍 The capital of France is Paris." in shown
     assert "Unloaded emoji" in shown
     assert "404 model_not_found, as it should be" in shown
-    counted = [line.split("│")[1:4] for line in done.stdout.partition("What Prometheus saw")[2].splitlines() if "│" in line]
+    counted = [
+        line.split("│")[1:4] for line in done.stdout.partition("What Prometheus saw")[2].splitlines() if "│" in line
+    ]
     requests = {adapter.strip(): int(count) for adapter, _, count in counted}
     assert requests == {"base": 1, "shout": 2, "json": 2, "pirate": 2, "emoji": 1}
     assert "Traceback" not in done.stderr
