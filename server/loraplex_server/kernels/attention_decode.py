@@ -22,6 +22,7 @@ from loraplex_server.kernels.launch import launch_options
 # Keys of one split at least. Shorter splits cost more to join than they save by running side by side.
 MIN_SPLIT: Final = 256
 
+# Keys of one tile (16-bit heads), warps and stages of a program; the fastest of those in benchmarks/NOTES.md.
 BLOCK_N, NUM_WARPS, NUM_STAGES = 128, 8, 2
 
 # Programs of one launch beyond which more splits side by side bring nothing: two for each multiprocessor of an H200.
@@ -68,7 +69,6 @@ def _decode_kernel(
     per_split = tl.cdiv(tl.cdiv(num_keys - first_key, MAX_SPLITS), BLOCK_N) * BLOCK_N
     per_split = tl.maximum(per_split, MIN_SPLIT)
     num_splits = tl.cdiv(num_keys - first_key, per_split)
-
     if lane >= tl.maximum(num_splits, 1):
         return
     head_row = row * NUM_KV_HEADS + kv_head
@@ -207,9 +207,9 @@ def paged_decode(
 ) -> Tensor:
     """``paged_attention_ref`` where every sequence has one row; a row whose ``kv_lens`` is 0 (padding) becomes zeros.
 
-    ``block_tables`` and ``kv_lens`` are read before the launch ahead has ended, so a kernel that lets its successors
-    start early (see ``launch_options``) must not write them; the KV cache may be written by any.
-
+    ``block_tables`` and ``kv_lens`` are read before the launch ahead has ended. A kernel that lets its successors start
+    early (see ``launch_options``) may write them only if an ordinary launch comes between it and this one; the KV cache
+    may be written by any.
     Shapes: q [B, H, D], each row contiguous; k_cache, v_cache [blocks, block_size, Hkv, D] contiguous; block_tables
     [B, M] int32; kv_lens [B] int32; out [B, H, D] contiguous -> [B, H, D]. ``scale`` is ``1 / sqrt(D)`` by default.
     """
