@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,12 +29,12 @@ def supported(device: int) -> bool:
 
 
 @functools.cache
-def _has_wgmma(device: int) -> bool:
+def has_wgmma(device: int) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache
-def _num_sms(device: int) -> int:
+def num_sms(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -50,49 +51,83 @@ def _workspace(device: int, num_floats: int) -> tuple[Tensor, Tensor]:
         if torch.cuda.is_current_stream_capturing():
             raise nvrtc.LaunchError("run each shape once before capturing a CUDA graph: its workspace is not allocated")
         # One size for all shapes, so that a captured graph's addresses stay valid.
-        floats = max(num_floats, _num_sms(device) * MAX_ROWS * 256)
+        floats = max(num_floats, num_sms(device) * MAX_ROWS * 256)
         counters = torch.zeros(8 * 1024, dtype=torch.int32, device=f"cuda:{device}")
         found = (torch.empty(floats, dtype=torch.float32, device=f"cuda:{device}"), counters)
         _workspaces[device] = found
     return found
 
 
-def _kernel(config: Config, tiles: int, k_blocks: int, half: bool) -> nvrtc.Kernel:
+@dataclass(frozen=True)
+class Epilogue:
+    """What LoRA adds to a GEMM's launch: warps of each CTA, arguments and shared memory."""
+
+    warps: int
+    args: ctypes.Structure
+    shared_bytes: int
+
+
+def _kernel(config: Config, tiles: int, k_blocks: int, half: bool, lora: Epilogue | None) -> nvrtc.Kernel:
     defines = {name.upper(): value for name, value in vars(config).items()}
     defines |= {"MT": tiles, "KB": k_blocks, "HALF": int(half)}
     mma = isinstance(config, MmaConfig)
+    argtypes, block = _MMA_TYPES if mma else _WGMMA_TYPES, config.block
+    shared = config.shared_bytes(tiles * 8, k_blocks)
+    if lora is not None:
+        defines["LORA"] = lora.warps
+        argtypes = (*argtypes, type(lora.args), _INT)
+        block += 32 * lora.warps
+        shared = _aligned(shared) + lora.shared_bytes
     return nvrtc.load(
         "nf4_mma.cu" if mma else "nf4_wgmma.cu",
         "nf4_mma" if mma else "nf4_wgmma",
-        _MMA_TYPES if mma else _WGMMA_TYPES,
+        argtypes,
         defines=defines,
-        block=config.block,
-        shared_bytes=config.shared_bytes(tiles * 8, k_blocks),
+        block=block,
+        shared_bytes=shared,
         cluster=config.cl if isinstance(config, MmaConfig) else 1,
     )
 
 
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // 128) * 128
+
+
+def config_for(weight: RepackedNf4, m: int) -> Config:
+    """The configuration for ``m`` rows on the weight's device."""
+    device = weight.data.device.index
+    return choose(weight.num_out, weight.num_in, m, num_sms(device), wgmma=has_wgmma(device))
+
+
 def gemm(
-    x: Tensor, weight: RepackedNf4, out: Tensor, bias: Tensor | None, *, config: Config | None = None, dependent: bool
+    x: Tensor,
+    weight: RepackedNf4,
+    out: Tensor,
+    bias: Tensor | None,
+    *,
+    dependent: bool,
+    config: Config | None = None,
+    lora: Epilogue | None = None,
 ) -> None:
     """out = x @ W.T (+ bias) for 1-64 rows, in one launch.
 
     Shapes: x [T, K] and out [T, N], contiguous, both bfloat16 or both float16; bias [N] in the same dtype.
     Raises: nvrtc.KernelError.
     """
-    m, device = x.shape[0], x.device.index
-    if config is None:
-        config = choose(weight.num_out, weight.num_in, m, _num_sms(device), wgmma=_has_wgmma(device))
+    m = x.shape[0]
+    config = config or config_for(weight, m)
     tiles = token_tiles(m, wgmma=not isinstance(config, MmaConfig))
     row_blocks, k_blocks = weight.num_row_blocks, weight.num_k_blocks
-    kernel = _kernel(config, tiles, k_blocks, x.dtype == torch.float16)
+    kernel = _kernel(config, tiles, k_blocks, x.dtype == torch.float16, lora)
     tensors = [weight.data.data_ptr(), x.data_ptr(), out.data_ptr(), bias.data_ptr() if bias is not None else 0]
-    args: list[int | float] = [*tensors, m, weight.num_out]
+    args: list[int | float | ctypes.Structure] = [*tensors, m, weight.num_out]
     if isinstance(config, MmaConfig):
         args += [row_blocks * 4, weight.gain, config.receive_offset(m, k_blocks)]
     else:
-        sums, counters = _workspace(device, config.workspace_floats(m, row_blocks))
+        sums, counters = _workspace(x.device.index, config.workspace_floats(m, row_blocks))
         args += [row_blocks, weight.gain, sums.data_ptr(), counters.data_ptr()]
+    if lora is not None:
+        args += [lora.args, _aligned(config.shared_bytes(tiles * 8, k_blocks))]
     kernel.launch(config.grid(row_blocks), args, dependent=dependent)
 
 

@@ -187,7 +187,7 @@ class Kernel:
     shared_bytes: int
     cluster: int
 
-    def launch(self, grid: int, args: Sequence[int | float], *, dependent: bool = False) -> None:
+    def launch(self, grid: int, args: Sequence[int | float | ctypes.Structure], *, dependent: bool = False) -> None:
         """Launch on torch's current stream (also while a CUDA graph is captured).
 
         ``dependent``: the launch may begin before the stream's previous kernel ends (programmatic dependent launch);
@@ -206,7 +206,10 @@ class Kernel:
             count += 1
         stream = torch.cuda.current_stream().cuda_stream
         config = _Config(grid, 1, 1, self.block, 1, 1, self.shared_bytes, stream, ctypes.addressof(attributes), count)
-        values = [kind(value) for kind, value in zip(self.argtypes, args, strict=True)]
+        values = [
+            value if isinstance(value, ctypes.Structure) else kind(value)
+            for kind, value in zip(self.argtypes, args, strict=True)
+        ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         launched = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
         _check(launched, f"launch of {self.name}")

@@ -8,6 +8,13 @@
 #endif
 #include "common.cuh"
 
+#ifndef LORA
+#define LORA 0  // warps that each CTA adds to compute LoRA's v = A x
+#endif
+#if LORA
+#include "lora.cuh"
+#endif
+
 #ifndef MT
 #define MT 1  // tiles of 8 tokens
 #endif
@@ -36,7 +43,7 @@
 #define XCH 1  // staged x arrives in this many chunks along k, each of at least WK blocks
 #endif
 
-constexpr int NUM_THREADS = WR * WK * 32;
+constexpr int NUM_THREADS = WR * WK * 32;  // that multiply
 constexpr int ROWS = WR * R * 16;           // of one CTA
 constexpr int KBC = (KB + CL - 1) / CL;     // k blocks of one CTA
 constexpr int UNITS = (KBC + WK - 1) / WK;  // k blocks of one warp
@@ -62,10 +69,22 @@ DEVICE Scales load_scales(const u8 *p) {
   return s;
 }
 
+DEVICE void sync_multiplying() {
+  if (LORA)
+    asm volatile("bar.sync 1,%0;" ::"n"(NUM_THREADS) : "memory");
+  else
+    __syncthreads();
+}
+
 // Shared memory: table | staged x | chunk barriers; the reduction reuses it from the start; cluster parts lie behind.
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
     nf4_mma(const u8 *__restrict__ weight, const u16 *__restrict__ x, u16 *__restrict__ y,
-            const u16 *__restrict__ bias, int m, int n, int num_tiles, float gain, int receive_offset) {
+            const u16 *__restrict__ bias, int m, int n, int num_tiles, float gain, int receive_offset
+#if LORA
+            ,
+            const __grid_constant__ LoraArgs lora, int lora_offset
+#endif
+    ) {
   extern __shared__ __align__(1024) u8 shared[];
   check_table(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
@@ -74,6 +93,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   const int num_k = CL == 1 ? KB : min(KBC, KB - rank * KBC);
   allow_next_launch();
   if (CL > 1) cluster_arrive_relaxed();
+#if LORA
+  LoraBatch *batch = (LoraBatch *)(shared + lora_offset);  // then the shrink's scratch
+  if (warp >= WR * WK) {
+    lora_warps<MT, LORA, KB * 64, NUM_THREADS>(lora, x, batch, thread - NUM_THREADS, m, group * ROWS, ROWS, n, blockIdx.x,
+                                               gridDim.x);
+    if (CL > 1) {
+      cluster_wait();
+      cluster_arrive();
+      cluster_wait();
+    }
+    return;
+  }
+#endif
 
   // The stream of weights starts before anything else: it depends on no other launch.
   const int first_tile = min((group * WR + wr) * R, num_tiles - R);
@@ -105,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     for (int c = 0; c < XCH; c++) barrier_init(chunk_bar + 8 * c, 1);
     barrier_init_done();
   }
-  __syncthreads();
+  sync_multiplying();
   wait_previous_launch();
 
   // x in shared memory: rows of 64 k x 16 bits (eight 16-byte pieces) for each token and k block; load_matrix4 turns two
@@ -225,10 +257,15 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
 #pragma unroll
   for (int q = 0; q < UNITS - REFILLED * P; q++) step(q % P, REFILLED * P + q, REFILLED * P + q + P < UNITS);
 
+#if LORA
+  named_sync<LORA_PREPARED, NUM_THREADS + LORA * 32>();
+  lora_expand<R, MT>(acc, lora, batch, (group * WR + wr) * 16 * R, n, 1.f / gain, rank * WK + wk, CL * WK,
+                     named_sync<LORA_COLLECTED, NUM_THREADS + LORA * 32>);
+#endif
   // Reduction over the warps along k: [k][token][row].
   float *sums = (float *)shared;
   if (CL > 1) cluster_wait();
-  __syncthreads();
+  sync_multiplying();
 #pragma unroll
   for (int r = 0; r < R; r++)
 #pragma unroll
@@ -237,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
       to[0] = acc[r][mt][0], to[SUM_STRIDE] = acc[r][mt][1];
       to[8] = acc[r][mt][2], to[SUM_STRIDE + 8] = acc[r][mt][3];
     }
-  __syncthreads();
+  sync_multiplying();
   constexpr int QUADS = ROWS / 4, OWN = QUADS / CL;
   const int first_row = group * ROWS;
   float4 *receive = (float4 *)(shared + receive_offset);  // [rank][token][own quads]

@@ -9,6 +9,13 @@
 #endif
 #include "wgmma.cuh"
 
+#ifndef LORA
+#define LORA 0  // 4: a warpgroup is added to compute LoRA's v = A x
+#endif
+#if LORA
+#include "lora.cuh"
+#endif
+
 #ifndef KB
 #define KB 64  // k blocks of 64
 #endif
@@ -49,6 +56,16 @@ constexpr int SUM_STRIDE = ROWS + 4;
 constexpr bool EVEN = KB % SPLIT == 0 && KBC % WK == 0;
 static_assert(P % AB == 0 && XC % WK == 0, "units alternate between sets of fragments");
 
+// Sixteen warps and four more get 96 registers each; the four give some to the sixteen.
+constexpr bool MOVE_REGISTERS = LORA && NUM_THREADS == 512;
+
+DEVICE void sync_multiplying() {
+  if (LORA)
+    asm volatile("bar.sync 1,%0;" ::"n"(NUM_THREADS) : "memory");
+  else
+    __syncthreads();
+}
+
 // Waits until all SPLIT CTAs of a group have arrived; the counter is zero again after the last has left.
 DEVICE void split_arrive_and_wait(u32 *counter) {
   u32 seen;
@@ -64,10 +81,15 @@ DEVICE void split_leave(u32 *counter) {
 }
 
 // Shared memory: table | two chunks of x; the reduction reuses it from the start.
-extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
     nf4_wgmma(const u8 *__restrict__ weight, const u16 *__restrict__ x, u16 *__restrict__ y,
               const u16 *__restrict__ bias, int m, int n, int num_blocks, float gain, float4 *workspace,
-              u32 *counters) {
+              u32 *counters
+#if LORA
+              ,
+              const __grid_constant__ LoraArgs lora, int lora_offset
+#endif
+    ) {
   extern __shared__ __align__(1024) u8 shared[];
   check_table(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
@@ -75,6 +97,17 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   const int split = blockIdx.x % SPLIT, group = blockIdx.x / SPLIT;
   const int num_k = SPLIT == 1 ? KB : min(KBC, KB - split * KBC);
   allow_next_launch();
+
+#if LORA
+  LoraBatch *batch = (LoraBatch *)(shared + lora_offset);  // then the shrink's scratch
+  if (warp >= NUM_THREADS / 32) {
+    if (MOVE_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+    lora_warps<MT, LORA, KB * 64, NUM_THREADS>(lora, x, batch, thread - NUM_THREADS, m, group * ROWS, ROWS, n, blockIdx.x,
+                                               gridDim.x);
+    return;
+  }
+  if (MOVE_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+#endif
 
   // The stream of weights starts before anything else: it depends on no other launch.
   const int block = min(group * WR + wr, num_blocks - 1);
@@ -128,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   };
   auto publish = [&]() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
+    sync_multiplying();
   };
 #pragma unroll
   for (int chunk = 0; chunk < BUFFERS - 1 || chunk == 0; chunk++) fetch(chunk);
@@ -207,15 +240,20 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
     codes_at += P * WK * UNIT_BYTES, scales_at += P * WK * UNIT_BYTES;
   }
 
+#if LORA
+  named_sync<LORA_PREPARED, NUM_THREADS + LORA * 32>();
+  lora_expand<1, MT>(&acc, lora, batch, block * 64 + w4 * 16, n, 1.f / gain, split * WK + wk, SPLIT * WK,
+                     named_sync<LORA_COLLECTED, NUM_THREADS + LORA * 32>);
+#endif
   // Reduction over the warpgroups along k, [k][token][row], then over the split.
   float *sums = (float *)shared;
-  __syncthreads();
+  sync_multiplying();
 #pragma unroll
   for (int mt = 0; mt < MT; mt++) {
     float *to = sums + (wk * MT * 8 + mt * 8 + 2 * t) * SUM_STRIDE + wr * 64 + w4 * 16 + g;
     to[0] = acc[mt][0], to[SUM_STRIDE] = acc[mt][1], to[8] = acc[mt][2], to[SUM_STRIDE + 8] = acc[mt][3];
   }
-  __syncthreads();
+  sync_multiplying();
   constexpr int QUADS = ROWS / 4;
   float4 *own = workspace + (size_t)blockIdx.x * MT * 8 * QUADS;
   for (int i = thread; i < m * QUADS; i += NUM_THREADS) {
@@ -230,9 +268,9 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS, 1)
   }
   if (SPLIT > 1) {
     u32 *counter = counters + group * 8;
-    __syncthreads();
+    sync_multiplying();
     if (thread == 0) split_arrive_and_wait(counter);
-    __syncthreads();
+    sync_multiplying();
     const float4 *parts = workspace + (size_t)group * SPLIT * MT * 8 * QUADS;
     for (int i = split * NUM_THREADS + thread; i < m * QUADS; i += SPLIT * NUM_THREADS) {
       float4 v[SPLIT];
