@@ -19,6 +19,7 @@ from loraplex_adapters.install import AdapterInstaller
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.sources import AdapterSources
 from loraplex_adapters.store import AdapterStore
+from loraplex_server.api.request_log import where_of
 from loraplex_server.app import create_app
 from loraplex_server.auth import Access, Keys, is_loopback
 from loraplex_server.engine.engine import Engine, EngineLimits
@@ -43,10 +44,14 @@ class StartError(Exception):
     """The server cannot start as it was told to; the message says why and what to change."""
 
 
+class EngineDied(Exception):
+    """The engine failed as a whole. Whoever watches over the process should start it again."""
+
+
 def serve(config: ServerConfig, progress: Progress | None = None) -> None:
     """Load, listen, and return after SIGTERM or SIGINT, once running requests have ended.
 
-    Raises: StartError, ModelError, AdapterError, TooLittleMemory.
+    Raises: StartError, ModelError, AdapterError, TooLittleMemory, EngineDied.
     """
     try:
         sockets = take_addresses(config.http.host, config.http.port)
@@ -58,6 +63,8 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
         services = build_services(config, progress)
         DrainingServer(create_app(services), services.worker, config).run(sockets)
     _log.info("stopped")
+    if services.worker.death is not None:
+        raise EngineDied("the engine failed and cannot go on; the log says where. Start the server again")
 
 
 def build_services(config: ServerConfig, progress: Progress | None = None) -> Services:
@@ -152,6 +159,14 @@ class DrainingServer(uvicorn.Server):
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
                 _log.info("ready", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    async def on_tick(self, counter: int) -> bool:
+        """Also end when the engine has died: a server that can only say no is better started again."""
+        if self._worker.death is not None and not self.should_exit:
+            death = self._worker.death
+            _log.critical("the engine died", exception=type(death).__name__, at=where_of(death))
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None or self._draining is not None:

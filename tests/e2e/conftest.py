@@ -1,5 +1,6 @@
 """One server for all tests that leave it as they found it."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +30,10 @@ def adapter_root(server: ServerProcess) -> Path:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

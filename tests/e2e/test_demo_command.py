@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -35,11 +34,8 @@ def test_the_demo_shows_every_adapter_and_exits_with_zero() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_kept_demo_serves_until_ctrl_c_and_leaves_quietly() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "loraplex_server.cli", "demo", "--keep", "--port", str(port)]
+def test_a_kept_demo_serves_until_ctrl_c_and_leaves_quietly(free_port: int) -> None:
+    command = [sys.executable, "-m", "loraplex_server.cli", "demo", "--keep", "--port", str(free_port)]
     # Ctrl-C reaches the whole group, so the demo gets one of its own.
     process = subprocess.Popen(
         command, env=clean_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -52,7 +48,7 @@ def test_a_kept_demo_serves_until_ctrl_c_and_leaves_quietly() -> None:
             if "curl" in line:
                 break
         assert any("loraplex chat --base-url" in line for line in lines), lines
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
+        assert httpx.get(f"http://127.0.0.1:{free_port}/v1/models").status_code == 200
         begun = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
@@ -64,4 +60,4 @@ def test_a_kept_demo_serves_until_ctrl_c_and_leaves_quietly() -> None:
     assert "Traceback" not in rest
     assert time.monotonic() - begun < 20
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
+        httpx.get(f"http://127.0.0.1:{free_port}/health")

@@ -39,12 +39,13 @@ def note_failure(scope: Scope, error: Exception) -> None:
     elif (code := to_api_error(error).code) != "internal_error":
         note(scope, code=code)
     else:
-        frames = traceback.extract_tb(error.__traceback__)[-8:]
-        note(
-            scope,
-            exception=type(error).__name__,
-            at=[f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames],
-        )
+        note(scope, exception=type(error).__name__, at=where_of(error))
+
+
+def where_of(error: BaseException) -> list[str]:
+    """The last places in the code that an exception went through."""
+    frames = traceback.extract_tb(error.__traceback__)[-8:]
+    return [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 class RequestLog:

@@ -72,12 +72,12 @@ def run(given: dict[str, Any]) -> None:
     from loraplex_server.logs import configure_logging
     from loraplex_server.memory_plan import TooLittleMemory
     from loraplex_server.model.errors import ModelError
-    from loraplex_server.serve import StartError, serve
+    from loraplex_server.serve import EngineDied, StartError, serve
 
     configure_logging(config.log)
     try:
         serve(config, _progress())
-    except (StartError, ModelError, AdapterError, TooLittleMemory) as error:
+    except (StartError, EngineDied, ModelError, AdapterError, TooLittleMemory) as error:
         complain(str(error))
         raise typer.Exit(EXIT_REFUSED) from None
 

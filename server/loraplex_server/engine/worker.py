@@ -117,6 +117,8 @@ class Worker:
     ) -> None:
         self.model_len = max_model_len
         self.stats = EngineStats()
+        self.death: BaseException | None = None
+        """What ended the engine's thread, if nobody had asked it to end."""
         self._build = build
         self._on_report = on_report
         self._max_waiting = max_waiting
@@ -273,6 +275,7 @@ class Worker:
     def _died(self, error: BaseException | None) -> None:
         """The thread ended: nobody may wait for it any longer."""
         self._alive = self._accepting = False
+        self.death = error
         code, message = ("shutting_down", "the server is shutting down")
         if error is not None:
             code, message = ("engine_error", f"the engine stopped: {type(error).__name__}: {error}")
