@@ -16,6 +16,8 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@# torch's CUDA builds bring Triton along; a CPU build needs one whose interpreter runs the kernels' tests.
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	@touch $@
 
 install: $(READY) ## Set up .venv with everything the project needs

@@ -19,7 +19,7 @@ from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.kernels.rows import prepare_rows
 from loraplex_server.kernels.rows_ref import ADAPTER, NEW_BLOCK, NUM_COLUMNS, POSITION, TOKEN
 from loraplex_server.kernels.sampling import SampleWorkspace, SamplingMode, sample
-from loraplex_server.model.fused import DecodeRows, FusedForward
+from loraplex_server.model.fused import DecodeRows, FusedForward, base_alone
 
 # Rows that graphs are captured for; a step runs in the smallest that holds it.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -247,8 +247,8 @@ class DecodePath:
             rows.kv_lens,
             rows.adapters,
         )
-        add = self._adapters.for_bucket(bucket) if with_adapters else None
-        logits = self._forward.decode(rows, self._max_model_len, add)
+        multiply = self._adapters.for_bucket(bucket) if with_adapters else base_alone
+        logits = self._forward.decode(rows, self._max_model_len, multiply)
         temperature, top_p, min_p = self._floats[:, :bucket]
         top_k, seeds = self._ints[:, :bucket]
         sample(

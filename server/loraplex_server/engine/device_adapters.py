@@ -1,7 +1,7 @@
 """Adapters as the decode rows' kernels find them: device tables of where each slot's factors lie, and of which rows use
 which slot."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -11,7 +11,10 @@ from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterLayout, GroupPlace
 from loraplex_server.kernels.lora import LoraWorkspace, lora_rows
 from loraplex_server.kernels.lora_rows_ref import TABLE_COLUMNS, RowGroups, group_rows
+from loraplex_server.kernels.nf4_lora import FusedLoraWorkspace, can_fuse, nf4_lora_linear
 from loraplex_server.model.adapters import GROUPS
+from loraplex_server.model.fused import Multiply
+from loraplex_server.model.linear import GroupLinear, Nf4Linear
 
 # Resident adapters that the tables have room for, and ranks of one group; others are served through the plain path.
 MAX_SLOTS: Final = 1024
@@ -35,6 +38,7 @@ class DeviceAdapters:
         )
         self._part_sizes = {group: tuple(base.linears[m][0] for m in members) for group, members in GROUPS.items()}
         self._workspace = LoraWorkspace.allocate(max_rows=max_rows, rank_capacity=_RANK_CAPACITY, device=device)
+        self._fused = FusedLoraWorkspace.allocate(rank_capacity=_RANK_CAPACITY, device=device)
         self._fits: set[int] = set()
 
         def rows(size: int) -> Tensor:
@@ -81,12 +85,27 @@ class DeviceAdapters:
         for target, values in zip((self._rows.slots, self._rows.starts, self._rows.order), groups, strict=True):
             target[: len(values)].copy_(torch.tensor(values, dtype=torch.int32))
 
-    def for_bucket(self, bucket: int) -> Callable[[Tensor, Tensor, int, str], None]:
-        """What adds the deltas of a bucket's rows; see ``model.fused.AddDeltas``."""
+    def for_bucket(self, bucket: int) -> Multiply:
+        """What multiplies a bucket's rows by the base's weights and adds their adapters' deltas."""
         rows = RowGroups(self._rows.slots[:bucket], self._rows.starts[: bucket + 1], self._rows.order[:bucket])
 
-        def add(out: Tensor, x: Tensor, layer: int, group: str) -> None:
+        def multiply(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
             table = self._table[:, layer, _GROUP_INDEX[group]]
+            if isinstance(weights, Nf4Linear) and (packed := weights.repacked) and can_fuse(packed, bucket):
+                out = x.new_empty(bucket, packed.num_out)
+                nf4_lora_linear(
+                    x,
+                    packed,
+                    out,
+                    arena=self._arena,
+                    table=table,
+                    rows=rows,
+                    workspace=self._fused,
+                    bias=weights.bias,
+                )
+                return out
+            out = weights(x)
             lora_rows(out, x, self._arena, table, rows, self._part_sizes[group], self._workspace)
+            return out
 
-        return add
+        return multiply

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-
 from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.blocks import BlockPool
+from loraplex_server.engine.copies import OpenAdapter
 from loraplex_server.engine.messages import (
     Abort,
     AdapterState,
@@ -26,20 +25,19 @@ from loraplex_server.engine.messages import (
     TokenOutput,
     Warm,
 )
-from loraplex_server.engine.residency import AdapterResidency, Limits, OpenAdapter
-from loraplex_server.engine.runner import Runner, StepResult
+from loraplex_server.engine.residency import AdapterResidency, Limits
+from loraplex_server.engine.runner import Runner
 from loraplex_server.engine.sampler import Sampled, Sampler
-from loraplex_server.engine.scheduler import Plan, Scheduler, SchedulerLimits
-from loraplex_server.engine.sequence import FinishReason, Request, Sequence, Status
+from loraplex_server.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex_server.engine.sequence import FinishReason, Request, Sequence
+from loraplex_server.engine.stepper import Stepper
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from loraplex_server.engine.decode_path import DecodePath, LaunchedRows
+    from loraplex_server.engine.decode_path import DecodePath
     from loraplex_server.model.fused import FusedForward
 
-# Steps launched ahead of a schedule while others wait for a place, so that fairness has its say.
-_MOST_STEPS_AHEAD = 32
 # How often the state of every adapter is reported while nothing forces it, in seconds.
 _ADAPTER_STATES_EVERY_S = 0.05
 
@@ -113,10 +111,15 @@ class Engine:
             self._residency,
             SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.fair_wait_s),
         )
-        self._path, fused = build_decode_path(decoder, self._kv, self._residency, limits)
-        self._runner = Runner(decoder, self._kv, self._residency, Sampler(eos_ids), fused)
-        self._in_flight: LaunchedRows | None = None
-        self._steps_ahead = 0
+        path, fused = build_decode_path(decoder, self._kv, self._residency, limits)
+        self._stepper = Stepper(
+            Runner(decoder, self._kv, self._residency, Sampler(eos_ids), fused),
+            path,
+            self._scheduler,
+            self._blocks,
+            on_token=self._append,
+            on_failure=self._fail,
+        )
         self._seqs: dict[str, Sequence] = {}
         self._tickets = _Tickets()
         self._outputs: list[TokenOutput] = []
@@ -127,7 +130,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """False when ``step`` would have nothing to do until the next command (or a finished copy)."""
-        return bool(self._scheduler.running or self._outputs or self._done or self._in_flight)
+        return bool(self._stepper.has_work or self._outputs or self._done)
 
     @property
     def is_waiting(self) -> bool:
@@ -157,7 +160,7 @@ class Engine:
         loads = self._residency.poll()
         self._answer_tickets()
         started = time.perf_counter()
-        num_prefill, num_decode = self._step_ahead() or self._step_planned()
+        num_prefill, num_decode = self._stepper.step(self._clock())
         step_s = time.perf_counter() - started if num_prefill or num_decode else 0.0
         outputs, self._outputs = tuple(self._outputs), []
         done, self._done = tuple(self._done), []
@@ -201,113 +204,15 @@ class Engine:
         self._retire(seq)
         self._outputs.append(TokenOutput(seq.request.id, (), finish_reason=reason, failure=failure))
 
+    def _fail(self, seq: Sequence, failure: Failure) -> None:
+        self._finish(seq, "error", failure)
+
     def _retire(self, seq: Sequence) -> None:
         self._scheduler.remove(seq)
-        if self._path is not None:
-            self._path.unseat(seq)
+        self._stepper.retire(seq)
         del self._seqs[seq.request.id]
 
-    # --- running ----------------------------------------------------------------------------------------------------
-
-    def _step_planned(self) -> tuple[int, int]:
-        """Take in what is in flight, then schedule and run; (prefill, decode) tokens of the step."""
-        num_read = self._read_in_flight()
-        plan, failed = self._scheduler.schedule(self._clock())
-        for seq, failure in failed:
-            self._finish(seq, "error", failure)
-        num_decode = sum(chunk.length == 1 and chunk.start >= chunk.seq.num_prompt for chunk in plan.chunks)
-        seqs = [chunk.seq for chunk in plan.chunks]
-        if self._path is not None and num_decode == len(seqs) and self._path.takes(seqs):
-            self._start_rows(self._path, seqs)
-            return 0, num_read
-        if plan.chunks:
-            self._run(plan)
-        return plan.num_tokens - num_decode, num_decode + num_read
-
-    def _step_ahead(self) -> tuple[int, int] | None:
-        """Launch the next decode step before the tokens of the one in flight are read. None where a schedule is due."""
-        path, scheduler = self._path, self._scheduler
-        if path is None or self._in_flight is None or scheduler.could_admit() or path.is_sparse():
-            return None
-        if scheduler.num_waiting and self._steps_ahead >= _MOST_STEPS_AHEAD:
-            return None
-        live = path.live()
-        for row, seq in live:
-            if not self._blocks.grow(seq, path.next_position(row) + 1):
-                return None
-        if not live:
-            return None
-        in_flight, self._in_flight = self._in_flight, None
-        self._launch_rows(path, live, fresh=False)
-        self._steps_ahead += 1
-        return 0, self._read_rows(in_flight)
-
-    def _start_rows(self, path: DecodePath, seqs: list[Sequence]) -> None:
-        path.seat(seqs)
-        self._steps_ahead = 0
-        self._launch_rows(path, path.live(), fresh=True)
-
-    def _launch_rows(self, path: DecodePath, live: list[tuple[int, Sequence]], *, fresh: bool) -> None:
-        try:
-            self._in_flight = path.launch(live, fresh=fresh)
-        except Exception as error:  # as in _run
-            for _, seq in live:
-                message = f"the step failed: {type(error).__name__}: {error}"
-                self._finish(seq, "error", Failure("engine_error", message))
-            return
-        self._scheduler.charge(seq for _, seq in live)
-        for _, seq in live:
-            seq.num_computed += 1
-
-    def _read_in_flight(self) -> int:
-        in_flight, self._in_flight = self._in_flight, None
-        if in_flight is None or self._path is None:
-            return 0
-        num_read = self._read_rows(in_flight)
-        self._path.clear()
-        return num_read
-
-    def _read_rows(self, launched: LaunchedRows) -> int:
-        found = launched.wait()
-        for seq, token_id, finite in found:
-            # It may have ended since: by an end-of-text token in the step before, or because its client left.
-            if seq.status is Status.RUNNING:
-                self._blocks.commit(seq)
-                self._append(seq, Sampled(token_id, None, finite))
-        return len(found)
-
-    def _run(self, plan: Plan) -> None:
-        try:
-            result = self._runner.collect(self._runner.launch(plan))
-        except torch.OutOfMemoryError:
-            self._shed(plan)
-        except Exception as error:  # one step's failure must not take the engine down
-            for chunk in plan.chunks:
-                message = f"the step failed: {type(error).__name__}: {error}"
-                self._finish(chunk.seq, "error", Failure("engine_error", message))
-        else:
-            self._postprocess(result)
-
-    def _shed(self, plan: Plan) -> None:
-        """Out of device memory: give up the largest piece of work; the others run again in the next step."""
-        largest = max(plan.chunks, key=lambda chunk: chunk.length)
-        self._finish(
-            largest.seq,
-            "error",
-            Failure("out_of_memory", "the device ran out of memory for this request; shorten it or try again later"),
-        )
-        if self._decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _postprocess(self, result: StepResult) -> None:
-        for chunk in result.plan.chunks:
-            chunk.seq.num_computed = chunk.start + chunk.length
-            self._blocks.commit(chunk.seq)
-            # After a preemption the prompt is computed again, but its scores are known already.
-            if chunk.start == len(chunk.seq.prompt_logprobs):
-                chunk.seq.prompt_logprobs += result.prompt_logprobs.get(id(chunk.seq), ())
-        for seq, sampled in result.sampled:
-            self._append(seq, sampled)
+    # --- tokens -----------------------------------------------------------------------------------------------------
 
     def _append(self, seq: Sequence, sampled: Sampled) -> None:
         if not sampled.finite:

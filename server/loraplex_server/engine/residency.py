@@ -1,16 +1,12 @@
 """Where each adapter is: on disk, in (pinned) host memory, on the device; and how it gets there.
 
-Copies run on their own threads (and, on a GPU, their own stream), so a load never blocks the step loop and a request
-waits only for its own adapter. All state here belongs to the engine thread; the copying threads hand results back
-through a queue that ``poll`` empties once a step.
+Copies run beside the step loop (``engine.copies``), so a load never blocks it and a request waits only for its own
+adapter. All state here belongs to the engine's thread; ``poll`` takes in what has been copied once a step.
 """
 
-import queue
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
@@ -18,13 +14,12 @@ import torch
 from torch import Tensor
 
 from loraplex_adapters.base import BaseShape
-from loraplex_adapters.format import AdapterWeights
-from loraplex_server.engine.adapter_image import AdapterImage, AdapterLayout, build_image
+from loraplex_server.engine.adapter_image import AdapterImage, AdapterLayout
 from loraplex_server.engine.arena import Arena, Extent
+from loraplex_server.engine.copies import Copies, Landed, OpenAdapter
 from loraplex_server.engine.messages import AdapterLoad, Failure, Residency
+from loraplex_server.engine.slots import Slots
 from loraplex_server.kernels.lora_ref import GroupDelta
-
-OpenAdapter = Callable[[str], AdapterWeights]
 
 
 class AdapterLoadError(Exception):
@@ -58,16 +53,6 @@ class _Entry:
         return self.slot >= 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Landed:
-    """A copy that a copying thread has finished (or failed)."""
-
-    entry: _Entry
-    load: AdapterLoad | None = None
-    image: AdapterImage | None = None
-    failure: Failure | None = None
-
-
 class SlotTables(Protocol):
     """What is told of every resident adapter's place: its slot, its first element in the arena, its layout."""
 
@@ -83,24 +68,6 @@ class Limits:
     host_bytes: int
 
 
-@dataclass(slots=True)
-class _Slots:
-    """Dense small numbers for resident adapters; the lowest free one is used first."""
-
-    free: list[int] = field(default_factory=list)
-    next: int = 0
-
-    def take(self) -> int:
-        if self.free:
-            self.free.sort(reverse=True)
-            return self.free.pop()
-        self.next += 1
-        return self.next - 1
-
-    def give(self, slot: int) -> None:
-        self.free.append(slot)
-
-
 class AdapterResidency:
     """Brings adapters to the device on demand, keeps the recently used, and holds those in use or pinned."""
 
@@ -114,24 +81,20 @@ class AdapterResidency:
         device: torch.device,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._open = open_adapter
-        self._base = base
         self._limits = limits
         self._dtype = dtype
-        self._device = device
-        self._wake = wake
         self._arena = Arena(max(limits.device_bytes // dtype.itemsize, 1), dtype, device)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._deltas: dict[int, Mapping[tuple[int, str], GroupDelta]] = {}
         self._wanted: set[str] = set()
         self._num_copying = 0
         self._host_bytes = 0
-        self._slots = _Slots()
+        self._slots = Slots()
         # Where kernels find the factors; set where there are such kernels.
         self.tables: SlotTables | None = None
-        self._landed: queue.SimpleQueue[_Landed] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="adapter-copy")
-        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._copies: Copies[_Entry] = Copies(
+            open_adapter=open_adapter, base=base, dtype=dtype, device=device, wake=wake
+        )
 
     # --- the model's side -------------------------------------------------------------------------------------------
 
@@ -188,11 +151,7 @@ class AdapterResidency:
     def poll(self) -> list[AdapterLoad]:
         """Take in what the copying threads have finished, and start what can follow."""
         loads = []
-        while True:
-            try:
-                landed = self._landed.get_nowait()
-            except queue.Empty:
-                break
+        for landed in self._copies.landed():
             if landed.load is not None:
                 loads.append(landed.load)
             self._take_in(landed)
@@ -254,7 +213,7 @@ class AdapterResidency:
         return failure
 
     def close(self) -> None:
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._copies.close()
 
     # --- moving -----------------------------------------------------------------------------------------------------
 
@@ -277,7 +236,7 @@ class AdapterResidency:
         if entry.image is None:
             entry.phase = _Phase.TO_HOST
             self._num_copying += 1
-            self._threads.submit(self._load_to_host, entry)
+            self._copies.to_host(entry, entry.digest)
             return
         extent = self._make_room(entry.image.data.numel())
         if extent is None:
@@ -285,9 +244,7 @@ class AdapterResidency:
         entry.extent = extent
         entry.phase = _Phase.TO_DEVICE
         self._num_copying += 1
-        # The range may have been read by steps that the device has not finished yet.
-        after = torch.cuda.current_stream(self._device).record_event() if self._copy_stream else None
-        self._threads.submit(self._load_to_device, entry, entry.image, self._arena.view(extent), after)
+        self._copies.to_device(entry, entry.digest, entry.image, self._arena.view(extent))
 
     def _make_room(self, num_elements: int) -> Extent | None:
         needed = Arena.rounded(num_elements)
@@ -342,8 +299,8 @@ class AdapterResidency:
         if empty and not entry.pinned and entry.digest not in self._wanted and entry.failure is None:
             self._entries.pop(entry.digest, None)
 
-    def _take_in(self, landed: _Landed) -> None:
-        entry = landed.entry
+    def _take_in(self, landed: Landed[_Entry]) -> None:
+        entry = landed.owner
         phase, entry.phase = entry.phase, _Phase.STILL
         self._num_copying -= 1
         if landed.failure is not None:
@@ -395,38 +352,3 @@ class AdapterResidency:
         self._host_bytes -= freed
         entry.image = None
         return freed
-
-    # --- on the copying threads -------------------------------------------------------------------------------------
-
-    def _load_to_host(self, entry: _Entry) -> None:
-        started = time.perf_counter()
-        try:
-            weights = self._open(entry.digest)
-            image = build_image(weights, self._base, self._dtype, pinned=self._device.type == "cuda")
-        except Exception as error:  # any failure is this adapter's alone and is reported to its requests
-            self._landed.put(_Landed(entry, failure=Failure("adapter_load_failed", f"{error}")))
-        else:
-            seconds = time.perf_counter() - started
-            load = AdapterLoad(entry.digest, "disk_to_host", seconds, image.num_bytes)
-            self._landed.put(_Landed(entry, load, image))
-        self._wake()
-
-    def _load_to_device(
-        self, entry: _Entry, image: AdapterImage, target: Tensor, after: torch.cuda.Event | None
-    ) -> None:
-        started = time.perf_counter()
-        try:
-            target = target[: image.data.numel()]
-            if self._copy_stream is None or after is None:
-                target.copy_(image.data)
-            else:
-                with torch.cuda.stream(self._copy_stream):
-                    self._copy_stream.wait_event(after)
-                    target.copy_(image.data, non_blocking=True)
-                self._copy_stream.synchronize()
-        except Exception as error:  # as above
-            self._landed.put(_Landed(entry, failure=Failure("adapter_load_failed", f"{error}")))
-        else:
-            seconds = time.perf_counter() - started
-            self._landed.put(_Landed(entry, AdapterLoad(entry.digest, "host_to_gpu", seconds, image.num_bytes)))
-        self._wake()

@@ -30,7 +30,7 @@ _MAX_SPLITS: Final = 16
 def _shrink_kernel(
     x_ptr, x_stride, arena_ptr, table_ptr, table_stride, order_ptr, starts_ptr, slots_ptr, partial_ptr, rank_capacity, k_size,
     per_split, num_rows, ROWS: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     group, split = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -64,7 +64,7 @@ def _shrink_kernel(
                     a_ptr + r[None, :].to(tl.int64) * k_size + k[:, None],
                     mask=(r < rank)[None, :] & (k < k_end)[:, None], other=0.0,
                 )  # fmt: skip
-                acc += tl.dot(x, a)
+                acc += tl.dot(x, a, input_precision=PRECISION)
             out = partial_ptr + (split * num_rows + row[:, None]) * rank_capacity + r[None, :]
             tl.store(out, acc, mask=(at < last)[:, None] & (r < rank)[None, :])
 
@@ -74,7 +74,7 @@ def _expand_kernel(
     out_ptr, out_stride, arena_ptr, table_ptr, table_stride, order_ptr, starts_ptr, slots_ptr, partial_ptr, rank_capacity, k_size,
     num_splits, n0, n1, n2, tiles0, tiles1, num_rows,
     ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile, group = tl.program_id(0), tl.program_id(1)
     if PDL:
@@ -119,7 +119,7 @@ def _expand_kernel(
                 b_ptr + n[None, :].to(tl.int64) * rank + r[:, None],
                 mask=(n < n_size)[None, :] & (r < rank)[:, None], other=0.0,
             )  # fmt: skip
-            acc += tl.dot(v.to(b.dtype), b)
+            acc += tl.dot(v.to(b.dtype), b, input_precision=PRECISION)
         out = out_ptr + row[:, None].to(tl.int64) * out_stride + (column + n)[None, :]
         mask = (at < last)[:, None] & (n < n_size)[None, :]
         base = tl.load(out, mask=mask, other=0.0).to(tl.float32)
@@ -161,6 +161,7 @@ def lora_rows(
     per_split = triton.cdiv(triton.cdiv(k_size, splits), block_k) * block_k
     splits = triton.cdiv(k_size, per_split)
     options = launch_options(x.device)
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
     shared = (
         arena,
         table,
@@ -173,12 +174,12 @@ def lora_rows(
         k_size,
     )
     _shrink_kernel[(num_groups, splits)](
-        x, x.stride(0), *shared, per_split, num_rows, ROWS=16, RANKS=16, BLOCK_K=block_k, num_warps=4, num_stages=3,
+        x, x.stride(0), *shared, per_split, num_rows, ROWS=16, RANKS=16, BLOCK_K=block_k, PRECISION=precision, num_warps=4, num_stages=3,
         **options,
     )  # fmt: skip
     block_n = 128
     tiles = [triton.cdiv(n, block_n) for n in (n0, n1, n2)]
     _expand_kernel[(sum(tiles), num_groups)](
-        out, out.stride(0), *shared, splits, n0, n1, n2, tiles[0], tiles[1], num_rows, ROWS=16, RANKS=16, BLOCK_N=block_n, num_warps=4, num_stages=2,
+        out, out.stride(0), *shared, splits, n0, n1, n2, tiles[0], tiles[1], num_rows, ROWS=16, RANKS=16, BLOCK_N=block_n, PRECISION=precision, num_warps=4, num_stages=2,
         **options,
     )  # fmt: skip

@@ -71,6 +71,11 @@ class Nf4Gemm:
                 _log_fallback(torch.cuda.get_device_name(device))
 
     @property
+    def repacked(self) -> RepackedNf4 | None:
+        """The form that the fused kernels read; None where bitsandbytes' form is kept."""
+        return self._repacked
+
+    @property
     def num_bytes(self) -> int:
         """Bytes on the device."""
         return self._repacked.num_bytes if self._repacked else sum(part.num_bytes for part in self._parts)

@@ -20,10 +20,10 @@ from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
-from loraplex_server.model.linear import add_adapters
+from loraplex_server.model.linear import GroupLinear, add_adapters
 
-# (out [T, N], x [T, K], layer, group): add every row's adapter delta to out, in place.
-AddDeltas = Callable[[Tensor, Tensor, int, str], None]
+# (weights, x [T, K], layer, group) -> [T, N]: one group of linears, every row's adapter delta included.
+Multiply = Callable[[GroupLinear, Tensor, int, str], Tensor]
 # (q [T, H, D], layer) -> [T, H, D]
 Attend = Callable[[Tensor, int], Tensor]
 
@@ -41,6 +41,11 @@ class DecodeRows:
     kv_lens: Tensor
     adapters: Tensor
     block_tables: Tensor
+
+
+def base_alone(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
+    """``Multiply`` for rows without adapters."""
+    return weights(x)
 
 
 class FusedForward:
@@ -69,21 +74,23 @@ class FusedForward:
                 q, k, v, batch.block_tables, batch.query_starts, batch.kv_lens, max_query_len=longest, window=window
             )
 
-        def add(out: Tensor, x: Tensor, layer: int, group: str) -> None:
+        def multiply(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
+            out = weights(x)
             add_adapters(out, x, batch, adapters, layer, group)
+            return out
 
         num_positions = max(batch.prefix_and_query_lens)
-        return self._run(batch.token_ids, batch.positions, batch.kv_slots, num_positions, attend, add)
+        return self._run(batch.token_ids, batch.positions, batch.kv_slots, num_positions, attend, multiply)
 
     @torch.inference_mode()
-    def decode(self, rows: DecodeRows, num_positions: int, add: AddDeltas | None) -> Tensor:
+    def decode(self, rows: DecodeRows, num_positions: int, multiply: Multiply) -> Tensor:
         """One token for each row; logits [B, V] in the model's dtype. ``num_positions`` bounds the positions."""
 
         def attend(q: Tensor, layer: int) -> Tensor:
             k, v, window = self._kv.k[layer], self._kv.v[layer], self._decoder.spec.windows[layer]
             return paged_decode(q, k, v, rows.block_tables, rows.kv_lens, self._workspace, window=window)
 
-        hidden = self._run(rows.token_ids, rows.positions, rows.kv_slots, num_positions, attend, add)
+        hidden = self._run(rows.token_ids, rows.positions, rows.kv_slots, num_positions, attend, multiply)
         return self._decoder.scores(hidden)
 
     def _run(
@@ -93,33 +100,24 @@ class FusedForward:
         kv_slots: Tensor,
         num_positions: int,
         attend: Attend,
-        add: AddDeltas | None,
+        multiply: Multiply,
     ) -> Tensor:
         spec, layers = self._decoder.spec, self._decoder.layers
         cos, sin = self._decoder.rope.tables(num_positions)
         hidden = embedding(token_ids, self._decoder.embed)
         x = rms_norm(hidden, layers[0].input_norm, spec.rms_eps)
         for index, layer in enumerate(layers):
-            qkv = layer.qkv(x)
-            if add is not None:
-                add(qkv, x, index, "qkv")
+            qkv = multiply(layer.qkv, x, index, "qkv")
             k_cache, v_cache = self._kv.k[index], self._kv.v[index]
             rope_and_cache(
                 qkv, positions, cos, sin, kv_slots, k_cache, v_cache, qk_norm=layer.qk_norm, eps=spec.rms_eps
             )
             q = qkv[:, : spec.q_size].view(-1, spec.num_heads, spec.head_dim)
             mixed = attend(q, index).flatten(1)
-            out = layer.o(mixed)
-            if add is not None:
-                add(out, mixed, index, "o")
+            out = multiply(layer.o, mixed, index, "o")
             x = add_rms_norm(out, hidden, layer.post_norm, spec.rms_eps)
-            gate_up = layer.gate_up(x)
-            if add is not None:
-                add(gate_up, x, index, "gate_up")
-            inner = silu_mul(gate_up)
-            out = layer.down(inner)
-            if add is not None:
-                add(out, inner, index, "down")
+            inner = silu_mul(multiply(layer.gate_up, x, index, "gate_up"))
+            out = multiply(layer.down, inner, index, "down")
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self._decoder.final_norm
             x = add_rms_norm(out, hidden, following, spec.rms_eps)
         return x

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from loraplex_server.kernels.blocked import block, blocked_linear, can_block
 from loraplex_server.kernels.lora_ref import lora_add_ref
-from loraplex_server.kernels.nf4 import Nf4Gemm
+from loraplex_server.kernels.nf4 import Nf4Gemm, RepackedNf4
 from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch
 
@@ -60,19 +60,24 @@ class Nf4Linear:
 
     def __init__(self, gemm: Nf4Gemm, bias: Tensor | None = None) -> None:
         self._gemm = gemm
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._gemm(x, bias=self._bias)
+        return self._gemm(x, bias=self.bias)
+
+    @property
+    def repacked(self) -> RepackedNf4 | None:
+        """The weights as the fused kernels read them; None where those do not run."""
+        return self._gemm.repacked
 
     @property
     def num_bytes(self) -> int:
-        return self._gemm.num_bytes + (0 if self._bias is None else num_bytes(self._bias))
+        return self._gemm.num_bytes + (0 if self.bias is None else num_bytes(self.bias))
 
     def buffers(self) -> Iterator[Tensor]:
         yield from self._gemm.tensors()
-        if self._bias is not None:
-            yield self._bias
+        if self.bias is not None:
+            yield self.bias
 
 
 def add_adapters(out: Tensor, x: Tensor, batch: Batch, adapters: AdapterLookup, layer: int, group: str) -> None:

@@ -1,0 +1,172 @@
+"""What happens in one step: schedule and run, or, while nothing but decoding goes on, launch ahead of what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from loraplex_server.engine.blocks import BlockPool
+from loraplex_server.engine.messages import Failure
+from loraplex_server.engine.runner import Runner, StepResult
+from loraplex_server.engine.sampler import Sampled
+from loraplex_server.engine.scheduler import Plan, Scheduler
+from loraplex_server.engine.sequence import Sequence, Status
+
+if TYPE_CHECKING:
+    from loraplex_server.engine.decode_path import DecodePath, LaunchedRows
+
+# Steps launched ahead of a schedule while others wait for a place, so that fairness has its say.
+_MOST_STEPS_AHEAD = 32
+
+
+class StepSize(NamedTuple):
+    """Tokens that a step computed."""
+
+    num_prefill: int
+    num_decode: int
+
+
+class Stepper:
+    """Runs steps on one runner and, where there is one, on a decode path.
+
+    ``on_token`` gets every new token, ``on_failure`` every sequence that cannot go on; both may retire the sequence.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        path: DecodePath | None,
+        scheduler: Scheduler,
+        blocks: BlockPool,
+        *,
+        on_token: Callable[[Sequence, Sampled], None],
+        on_failure: Callable[[Sequence, Failure], None],
+    ) -> None:
+        self._runner = runner
+        self._path = path
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._on_token = on_token
+        self._on_failure = on_failure
+        self._in_flight: LaunchedRows | None = None
+        self._steps_ahead = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._scheduler.running or self._in_flight)
+
+    def step(self, now_s: float) -> StepSize:
+        """One step. Failures go to ``on_failure``; nothing is raised."""
+        return self._step_ahead() or self._step_planned(now_s)
+
+    def retire(self, seq: Sequence) -> None:
+        """The sequence runs no longer, whatever is in flight."""
+        if self._path is not None:
+            self._path.unseat(seq)
+
+    # --- scheduled steps --------------------------------------------------------------------------------------------
+
+    def _step_planned(self, now_s: float) -> StepSize:
+        num_read = self._read_in_flight()
+        plan, failed = self._scheduler.schedule(now_s)
+        for seq, failure in failed:
+            self._on_failure(seq, failure)
+        num_decode = sum(chunk.length == 1 and chunk.start >= chunk.seq.num_prompt for chunk in plan.chunks)
+        seqs = [chunk.seq for chunk in plan.chunks]
+        if self._path is not None and num_decode == len(seqs) and self._path.takes(seqs):
+            self._start_rows(self._path, seqs)
+            return StepSize(0, num_read)
+        if plan.chunks:
+            self._run(plan)
+        return StepSize(plan.num_tokens - num_decode, num_decode + num_read)
+
+    def _run(self, plan: Plan) -> None:
+        try:
+            result = self._runner.collect(self._runner.launch(plan))
+        except torch.OutOfMemoryError:
+            self._shed(plan)
+        except Exception as error:  # one step's failure must not take the engine down
+            self._fail([chunk.seq for chunk in plan.chunks], error)
+        else:
+            self._postprocess(result)
+
+    def _shed(self, plan: Plan) -> None:
+        """Out of device memory: give up the largest piece of work; the others run again in the next step."""
+        largest = max(plan.chunks, key=lambda chunk: chunk.length)
+        message = "the device ran out of memory for this request; shorten it or try again later"
+        self._on_failure(largest.seq, Failure("out_of_memory", message))
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _postprocess(self, result: StepResult) -> None:
+        for chunk in result.plan.chunks:
+            chunk.seq.num_computed = chunk.start + chunk.length
+            self._blocks.commit(chunk.seq)
+            # After a preemption the prompt is computed again, but its scores are known already.
+            if chunk.start == len(chunk.seq.prompt_logprobs):
+                chunk.seq.prompt_logprobs += result.prompt_logprobs.get(id(chunk.seq), ())
+        for seq, sampled in result.sampled:
+            self._on_token(seq, sampled)
+
+    def _fail(self, seqs: list[Sequence], error: Exception) -> None:
+        for seq in seqs:
+            self._on_failure(seq, Failure("engine_error", f"the step failed: {type(error).__name__}: {error}"))
+
+    # --- decode rows ------------------------------------------------------------------------------------------------
+
+    def _step_ahead(self) -> StepSize | None:
+        """Launch the next decode step before the tokens of the one in flight are read. None where a schedule is due."""
+        path, scheduler = self._path, self._scheduler
+        if path is None or self._in_flight is None or scheduler.could_admit() or path.is_sparse():
+            return None
+        if scheduler.num_waiting and self._steps_ahead >= _MOST_STEPS_AHEAD:
+            return None
+        live = path.live()
+        for row, seq in live:
+            if not self._blocks.grow(seq, path.next_position(row) + 1):
+                return None
+        if not live:
+            return None
+        in_flight, self._in_flight = self._in_flight, None
+        self._launch_rows(path, live, fresh=False)
+        self._steps_ahead += 1
+        return StepSize(0, self._read_rows(in_flight))
+
+    def _start_rows(self, path: DecodePath, seqs: list[Sequence]) -> None:
+        path.seat(seqs)
+        self._steps_ahead = 0
+        self._launch_rows(path, path.live(), fresh=True)
+
+    def _launch_rows(self, path: DecodePath, live: list[tuple[int, Sequence]], *, fresh: bool) -> None:
+        seqs = [seq for _, seq in live]
+        try:
+            self._in_flight = path.launch(live, fresh=fresh)
+        except Exception as error:  # as in _run
+            self._fail(seqs, error)
+            return
+        self._scheduler.charge(seqs)
+        for seq in seqs:
+            seq.num_computed += 1
+
+    def _read_in_flight(self) -> int:
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None or self._path is None:
+            return 0
+        num_read = self._read_rows(in_flight)
+        self._path.clear()
+        return num_read
+
+    def _read_rows(self, launched: LaunchedRows) -> int:
+        try:
+            found = launched.wait()
+        except Exception as error:  # a failed kernel shows here
+            self._fail([seq for _, seq in launched.seqs if seq.status is Status.RUNNING], error)
+            return 0
+        for seq, token_id, finite in found:
+            # It may have ended since: by an end-of-text token in the step before, or because its client left.
+            if seq.status is Status.RUNNING:
+                self._blocks.commit(seq)
+                self._on_token(seq, Sampled(token_id, None, finite))
+        return len(found)
