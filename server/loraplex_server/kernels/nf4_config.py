@@ -131,7 +131,7 @@ MEASURED: dict[tuple[int, int], dict[int, Config]] = {
     },
     (28672, 4096): {
         1: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=4),
-        2: MmaConfig(r=4, wr=7, wk=1, cl=2, p=2, dx=0, xch=4),
+        2: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=4),
         4: WgmmaConfig(wr=4, p=8, xc=8, nbuf=2, ab=2),
         8: WgmmaConfig(wr=4, p=4, xc=4, nbuf=2),
     },

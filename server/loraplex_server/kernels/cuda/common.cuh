@@ -120,19 +120,34 @@ constexpr u32 TABLE_AT = 1024;
 DEVICE void check_table(const u8 *table) {
   if (FIXED_TABLE && (shared_address(table) & 0xffffff) != TABLE_AT) asm volatile("trap;");
 }
-DEVICE u32 look_up(u32 offset, u32 table) {
+#if FIXED_TABLE
+#define TABLE_ENTRY(offset) "[" offset "+%7]"
+#define ADD_TABLE(offset) ""
+#else
+#define TABLE_ENTRY(offset) "[" offset "]"
+#define ADD_TABLE(offset) "add.u32 " offset "," offset ",%6; "
+#endif
+// All at once: for mma.sync, where the look-ups of one step hide behind the arithmetic of the one before.
+DEVICE void decode4(u32 codes, u32 lane4, u32 table, u32 *a) {
+  asm volatile(
+      "{.reg .b32 p,q,r,s; prmt.b32 p,%4,%5,0x5504; prmt.b32 q,%4,%5,0x5514; prmt.b32 r,%4,%5,0x5524; "
+      "prmt.b32 s,%4,%5,0x5534; " ADD_TABLE("p") ADD_TABLE("q") ADD_TABLE("r") ADD_TABLE("s")
+      "ld.shared.b32 %0," TABLE_ENTRY("p") "; ld.shared.b32 %1," TABLE_ENTRY("q") "; "
+      "ld.shared.b32 %2," TABLE_ENTRY("r") "; ld.shared.b32 %3," TABLE_ENTRY("s") ";}"
+      : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+      : "r"(codes), "r"(lane4), "r"(table), "n"(TABLE_AT));
+}
+// One by one: for wgmma, between whose issues the compiler spreads them.
+DEVICE u32 look_up(u32 offset) {
   u32 r;
-  if (FIXED_TABLE)
-    asm volatile("ld.shared.b32 %0,[%1+%2];" : "=r"(r) : "r"(offset), "n"(TABLE_AT));
-  else
-    asm volatile("ld.shared.b32 %0,[%1];" : "=r"(r) : "r"(offset + table));
+  asm volatile("ld.shared.b32 %0,[%1+%2];" : "=r"(r) : "r"(offset), "n"(TABLE_AT));
   return r;
 }
-DEVICE void decode4(u32 codes, u32 lane4, u32 table, u32 *a) {
-  a[0] = look_up(__byte_perm(codes, lane4, 0x5504), table);
-  a[1] = look_up(__byte_perm(codes, lane4, 0x5514), table);
-  a[2] = look_up(__byte_perm(codes, lane4, 0x5524), table);
-  a[3] = look_up(__byte_perm(codes, lane4, 0x5534), table);
+DEVICE void decode4_spread(u32 codes, u32 lane4, u32 *a) {
+  a[0] = look_up(__byte_perm(codes, lane4, 0x5504));
+  a[1] = look_up(__byte_perm(codes, lane4, 0x5514));
+  a[2] = look_up(__byte_perm(codes, lane4, 0x5524));
+  a[3] = look_up(__byte_perm(codes, lane4, 0x5534));
 }
 
 // ---- tensor cores: c[16 x 8] += a[16 x 16] b[16 x 8]

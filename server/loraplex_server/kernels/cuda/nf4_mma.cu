@@ -217,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
 #else
     __syncwarp();  // keeps the loads above before the arithmetic
     const int k = EVEN ? i * WK + wk : min(i * WK + wk, num_k - 1);
-    if (k >= k_ready) {
+    while (k >= k_ready) {  // a loop, so that units stay apart: mixed, they take registers and time
       barrier_wait(chunk_bar + 8 * chunk, 0);
       chunk++, k_ready += X_CHUNK;
     }

@@ -56,8 +56,10 @@ constexpr int SUM_STRIDE = ROWS + 4;
 constexpr bool EVEN = KB % SPLIT == 0 && KBC % WK == 0;
 static_assert(P % AB == 0 && XC % WK == 0, "units alternate between sets of fragments");
 
+#if LORA
 // Sixteen warps and four more get 96 registers each; the four give some to the sixteen.
-constexpr bool MOVE_REGISTERS = LORA && NUM_THREADS == 512;
+constexpr bool MOVE_REGISTERS = NUM_THREADS == 512;
+#endif
 
 DEVICE void sync_multiplying() {
   if (LORA)
@@ -168,10 +170,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
   copy_async_wait<(BUFFERS > 2 ? 1 : 0)>();
   publish();
 
-  const u32 lane4 = lane * 4, table = shared_address(shared);
+  const u32 lane4 = lane * 4;
   auto decode = [&](const uint4 &v, u32 *a) {
 #pragma unroll
-    for (int s = 0; s < 4; s++) decode4(word_at(v, s), lane4, table, a + 4 * s);
+    for (int s = 0; s < 4; s++) decode4_spread(word_at(v, s), lane4, a + 4 * s);
   };
   u32 a[AB][16];
   float acc[MT][4];
