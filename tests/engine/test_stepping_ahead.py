@@ -61,6 +61,9 @@ class HostRows:
     def clear(self) -> None:
         self.seqs = []
 
+    def close(self) -> None:
+        self.clear()
+
     def is_sparse(self) -> bool:
         return 2 * sum(seq is not None for seq in self.seqs) <= len(self.seqs)
 

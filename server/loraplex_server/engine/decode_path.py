@@ -6,7 +6,10 @@ step can be launched before the tokens of this one are read, because a row's tok
 left it.
 """
 
+import gc
+from collections.abc import Iterator
 from collections.abc import Sequence as Rows
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -203,6 +206,10 @@ class DecodePath:
 
     # --- graphs -----------------------------------------------------------------------------------------------------
 
+    def close(self) -> None:
+        """Free the graphs."""
+        self._graphs.clear()
+
     def capture_all(self) -> None:
         """Capture greedy steps of every bucket, largest first so that smaller ones reuse its memory."""
         for bucket in reversed(self._buckets):
@@ -220,7 +227,7 @@ class DecodePath:
             torch.cuda.current_stream().synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads copy adapters meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._run(bucket, mode, with_adapters)
             self._graphs[key] = graph
             for target, source in zip((self._packed, self._sampled), kept, strict=True):
@@ -264,6 +271,19 @@ class DecodePath:
             out=self._sampled[:bucket],
             finite=self._finite[:bucket],
         )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection inside: freeing another engine's graph would spoil a capture."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _mode_of(seqs: Rows[Sequence]) -> SamplingMode:

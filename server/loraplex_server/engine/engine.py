@@ -178,6 +178,7 @@ class Engine:
         """Fail what is left and stop the copying threads."""
         for seq in list(self._seqs.values()):
             self._finish(seq, "error", Failure("shutting_down", "the server is shutting down"))
+        self._stepper.close()
         self._residency.close()
 
     # --- requests ---------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ class Stepper:
         if self._path is not None:
             self._path.unseat(seq)
 
+    def close(self) -> None:
+        """Give back what the device holds for steps."""
+        self._in_flight = None
+        if self._path is not None:
+            self._path.close()
+
     # --- scheduled steps --------------------------------------------------------------------------------------------
 
     def _step_planned(self, now_s: float) -> StepSize:
