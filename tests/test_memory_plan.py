@@ -78,7 +78,7 @@ def test_a_small_cache_shortens_the_context_rather_than_failing_later() -> None:
 @pytest.mark.parametrize(
     ("device_gib", "asked", "says"),
     [
-        (2.0, {}, "--kv-cache-memory"),
+        (1.0, {}, "--kv-cache-memory"),
         (70, {"kv_cache_bytes": GIB, "max_len": 100_000}, "--max-model-len"),
         (70, {"max_len": 200_000}, "131072"),
         (10, {"adapter_bytes": 20 * GIB}, "--adapter-memory"),
