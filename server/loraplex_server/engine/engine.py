@@ -161,6 +161,8 @@ class Engine:
         self._answer_tickets()
         started = time.perf_counter()
         num_prefill, num_decode = self._stepper.step(self._clock())
+        if not self._scheduler.num_waiting:
+            self._residency.expose()
         step_s = time.perf_counter() - started if num_prefill or num_decode else 0.0
         outputs, self._outputs = tuple(self._outputs), []
         done, self._done = tuple(self._done), []
@@ -267,6 +269,14 @@ class Engine:
             if freed is not None:
                 self._done.append(Done(ticket, freed_bytes=freed))
                 del releasing[ticket]
+                self._give_up_warming(digest)
+
+    def _give_up_warming(self, digest: str) -> None:
+        """Nobody will bring in an adapter that has just been released."""
+        for ticket, wanted in list(self._tickets.warming.items()):
+            if wanted == digest:
+                self._done.append(Done(ticket, Failure("adapter_load_failed", "the adapter was released meanwhile")))
+                del self._tickets.warming[ticket]
 
     def _stats(self, *, force: bool) -> EngineStats | None:
         now = self._clock()

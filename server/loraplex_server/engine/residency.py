@@ -46,6 +46,8 @@ class _Entry:
     slot: int = -1
     num_users: int = 0
     pinned: bool = False
+    # It came in since requests were last admitted: evicted now, it would have been loaded for nobody.
+    fresh: bool = False
     failure: Failure | None = None
 
     @property
@@ -87,6 +89,7 @@ class AdapterResidency:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._deltas: dict[int, Mapping[tuple[int, str], GroupDelta]] = {}
         self._wanted: set[str] = set()
+        self._fresh: list[_Entry] = []
         self._num_copying = 0
         self._host_bytes = 0
         self._slots = Slots()
@@ -158,6 +161,15 @@ class AdapterResidency:
         for digest in list(self._wanted):
             self._advance(self._entries[digest])
         return loads
+
+    def expose(self) -> None:
+        """All who waited for what has landed have been served: it may be evicted like any other again.
+
+        Without this pause two adapters that need the same room would push each other out for ever.
+        """
+        for entry in self._fresh:
+            entry.fresh = False
+        self._fresh.clear()
 
     @property
     def arena(self) -> Tensor:
@@ -264,7 +276,7 @@ class AdapterResidency:
 
     @staticmethod
     def _evictable(entry: _Entry) -> bool:
-        return entry.resident and entry.num_users == 0 and not entry.pinned
+        return entry.resident and entry.num_users == 0 and not entry.pinned and not entry.fresh
 
     def _evict(self, entry: _Entry) -> int:
         if entry.extent is None:
@@ -315,6 +327,8 @@ class AdapterResidency:
         else:
             entry.slot = self._slots.take()
             self._wanted.discard(entry.digest)
+            entry.fresh = True
+            self._fresh.append(entry)
             self._place(entry)
             self._trim_host()
 

@@ -145,6 +145,7 @@ class Scheduler:
                 chunks[id(seq)] = Chunk(seq, seq.num_computed, length)
                 budget -= length
         failed = self._admit(chunks, budget, now_s)
+        self._residency.expose()
         ordered = sorted(chunks.values(), key=lambda chunk: chunk.seq.slot)
         for chunk in ordered:
             self._lines[chunk.seq.fairness_key].service += chunk.length
