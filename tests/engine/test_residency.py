@@ -163,3 +163,22 @@ def test_the_host_tier_keeps_its_budget() -> None:
     assert residency.where("a5")[0] == "gpu"
     assert residency.where("a0")[0] == "disk"
     residency.close()
+
+
+def test_an_adapter_that_has_landed_stays_until_those_who_waited_were_served() -> None:
+    weights = {name: random_weights(EVERYWHERE, seed) for seed, name in enumerate("ab")}
+    image = build_image(weights["a"], BASE, torch.float32, pinned=False)
+    residency = small_residency(weights, device_bytes=int(image.num_bytes * 1.5))
+    # There is room for one of two; the other must not push it out before it was used.
+    assert residency.acquire("a") is None
+    assert residency.acquire("b") is None
+    settle(residency)
+    (first,) = (name for name in "ab" if residency.is_resident(name))
+    assert residency.acquire(first) is not None
+    residency.expose()
+    second = "b" if first == "a" else "a"
+    assert residency.acquire(second) is None
+    residency.release(first)
+    settle(residency)
+    assert residency.acquire(second) is not None
+    residency.close()

@@ -124,6 +124,7 @@ class AdapterResidency:
             self._want(entry)
             return None
         entry.num_users += 1
+        entry.fresh = False
         return entry.slot
 
     def release(self, digest: str) -> None:
