@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -132,7 +131,7 @@ MEASURED: dict[tuple[int, int], dict[int, Config]] = {
     },
     (28672, 4096): {
         1: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=4),
-        2: MmaConfig(r=2, wr=7, wk=2, p=3, dx=0, xch=4),
+        2: MmaConfig(r=4, wr=7, wk=1, cl=2, p=2, dx=0, xch=4),
         4: WgmmaConfig(wr=4, p=8, xc=8, nbuf=2, ab=2),
         8: WgmmaConfig(wr=4, p=4, xc=4, nbuf=2),
     },
@@ -174,13 +173,6 @@ def choose(n: int, k: int, m: int, num_sms: int, *, wgmma: bool) -> Config:
     return min(_mma_configs(rows, row_blocks, k_blocks), key=lambda c: _cost(c, row_blocks, k_blocks, num_sms))
 
 
-# What a wave of CTAs costs before it streams (table, first loads, x) and what a meeting of CTAs costs, as bytes that a
-# multiprocessor would have read in that time.
-_WAVE_BYTES = 50_000
-_MEETING_BYTES = 20_000
-_WARP_SUM_BYTES = 1_500
-
-
 def _cost(config: Config, row_blocks: int, k_blocks: int, num_sms: int) -> float:
     """Bytes that the busiest multiprocessor reads, weighted by what keeps it from reading at full speed."""
     tile_rows = config.wr * (config.r if isinstance(config, MmaConfig) else 4)
@@ -188,24 +180,30 @@ def _cost(config: Config, row_blocks: int, k_blocks: int, num_sms: int) -> float
     work = waves * tile_rows * config.num_units(k_blocks) * config.wk * UNIT_TILE_BYTES
     in_flight = tile_rows * config.wk * min(config.p, config.num_units(k_blocks)) * UNIT_TILE_BYTES
     starved = math.sqrt(max(1.0, 32768 / in_flight))
-    meets = (config.cl if isinstance(config, MmaConfig) else config.split) > 1
-    return work * starved + waves * _WAVE_BYTES + config.wk * _WARP_SUM_BYTES + meets * _MEETING_BYTES
+    shared = (config.cl if isinstance(config, MmaConfig) else config.split) > 1
+    return work * starved + 1500 * config.wk + 20000 * shared
 
 
 def _mma_configs(m: int, row_blocks: int, k_blocks: int) -> Iterator[MmaConfig]:
-    for r, wr, wk, cl, p in itertools.product((1, 2, 4), range(1, 17), (1, 2, 4, 8, 16), (1, 2), (2, 3, 4)):
-        # Codes that a warp holds must leave it registers for the rest.
-        if not 4 <= wr * wk <= 16 or r * p > (8 if wr * wk <= 8 else 6) or (r == 4 and m > 8):
-            continue
-        # Warps that share rows of x read it from shared memory; others stream what they alone need.
-        for dx in (0, 1) if wr > 2 else (1,):
-            config = MmaConfig(r=r, wr=wr, wk=wk, cl=cl, p=p, dx=dx, xch=1 if dx else 2)
-            if config.valid(m, row_blocks, k_blocks):
-                yield config
+    for r in (1, 2, 4) if m <= 8 else (1, 2):
+        for wr in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16):
+            for wk in (1, 2, 4, 8, 16):
+                if not 4 <= wr * wk <= 16:
+                    continue
+                for cl in (1, 2):
+                    # Warps that share rows of x read it from shared memory; others stream what they alone need.
+                    for dx in (0, 1) if wr > 2 else (1,):
+                        config = MmaConfig(
+                            r=r, wr=wr, wk=wk, cl=cl, p=2 if wr * wk > 8 else 4, dx=dx, xch=1 if dx else 2
+                        )
+                        if config.valid(m, row_blocks, k_blocks):
+                            yield config
 
 
 def _wgmma_configs(m: int, row_blocks: int, k_blocks: int, num_sms: int) -> Iterator[WgmmaConfig]:
-    for wr, wk, split in itertools.product((1, 2, 3, 4), (1, 2, 4), (1, 2, 3, 4, 6, 8)):
-        config = WgmmaConfig(wr=wr, wk=wk, split=split, p=4, xc=4)
-        if wr * wk <= 4 and config.valid(m, row_blocks, k_blocks, num_sms):
-            yield config
+    for wr in (1, 2, 3, 4):
+        for wk in (1, 2, 4):
+            for split in (1, 2, 3, 4, 6, 8):
+                config = WgmmaConfig(wr=wr, wk=wk, split=split, p=4, xc=max(4, wk))
+                if wr * wk <= 4 and config.valid(m, row_blocks, k_blocks, num_sms):
+                    yield config
