@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,18 +84,20 @@ def make_model(root: Path, seed: int) -> None:
 
 
 class Peft:
-    """transformers + peft + bitsandbytes, in this process."""
+    """transformers + peft, in this process; ``nf4``: with bitsandbytes, else on the plain weights."""
 
-    def __init__(self, root: Path, dtype: torch.dtype) -> None:
+    def __init__(self, root: Path, dtype: torch.dtype, *, nf4: bool) -> None:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        config = None
+        if nf4:
+            config = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
         base = AutoModelForCausalLM.from_pretrained(root / "base", quantization_config=config, dtype=dtype)
         self._model = PeftModel.from_pretrained(base, root / ADAPTERS[0], adapter_name=ADAPTERS[0])
         for name in ADAPTERS[1:]:
@@ -175,13 +177,14 @@ def server(root: Path, *, dtype: str, threads: int) -> Iterator[str]:
 
 
 def measure(engines: dict[str, Peft | Ours], load: Load, repeats: int) -> list[dict[str, object]]:
-    """Every engine in turn, ``repeats`` times after one warm-up, each time with fresh prompts."""
+    """Every engine in turn, ``repeats`` times after a short warm-up, each time with fresh prompts."""
     rows: list[dict[str, object]] = []
     for repeat in range(-1, repeats):
         for name, engine in engines.items():
-            seconds = engine.run(load, seed=1000 * load.concurrency + repeat)
             if repeat < 0:
+                engine.run(replace(load, new_tokens=2), seed=load.concurrency)
                 continue
+            seconds = engine.run(load, seed=1000 * load.concurrency + repeat)
             rate = load.concurrency * load.new_tokens / seconds
             print(f"  {name:24} {load.concurrency} at once: {seconds:7.2f} s  {rate:7.1f} tok/s", flush=True)
             rows.append(
@@ -200,7 +203,7 @@ def measure(engines: dict[str, Peft | Ours], load: Load, repeats: int) -> list[d
 
 
 def summarize(rows: Sequence[dict[str, object]]) -> None:
-    """Medians, and the ratio of our best to peft's best at each concurrency."""
+    """Medians, and our ratio to each peer at each concurrency."""
     rates: dict[tuple[object, str], list[float]] = {}
     for row in rows:
         rates.setdefault((row["concurrency"], str(row["engine"])), []).append(float(str(row["output_tokens_per_s"])))
@@ -208,9 +211,8 @@ def summarize(rows: Sequence[dict[str, object]]) -> None:
     for concurrency in dict.fromkeys(key[0] for key in medians):
         here = {engine: rate for (at, engine), rate in medians.items() if at == concurrency}
         ours = max(rate for engine, rate in here.items() if engine.startswith("loraplex"))
-        peers = [rate for engine, rate in here.items() if not engine.startswith("loraplex")]
-        ratio = f"; ratio to the best peer {ours / max(peers):.2f}" if peers else ""
-        print(f"{concurrency} at once: {', '.join(f'{e} {r:.1f} tok/s' for e, r in here.items())}{ratio}")
+        for engine, rate in here.items():
+            print(f"{concurrency} at once: {engine:36} {rate:8.1f} tok/s   ours / this {ours / rate:6.2f}")
 
 
 def silence_libraries() -> None:
@@ -229,7 +231,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="compute dtypes to try")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=["nf4", "plain"],
+        default=["nf4", "plain"],
+        help="bases of the peer: NF4, or plain",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "serving_cpu.csv")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -241,9 +249,9 @@ def main() -> None:
         make_model(root, args.seed)
         for dtype in args.dtypes:
             with server(root, dtype=dtype, threads=args.threads) as url:
-                engines: dict[str, Peft | Ours] = {f"loraplex {dtype}": Ours(url)}
-                if args.peer:
-                    engines[f"transformers+peft {dtype}"] = Peft(root, getattr(torch, dtype))
+                engines: dict[str, Peft | Ours] = {f"loraplex nf4 {dtype}": Ours(url)}
+                for peer in args.peers:
+                    engines[f"transformers+peft {peer} {dtype}"] = Peft(root, getattr(torch, dtype), nf4=peer == "nf4")
                 for load in (
                     Load(1, 1, args.prompt_tokens, args.new_tokens),
                     Load(8, 4, args.prompt_tokens, args.new_tokens),
