@@ -227,10 +227,10 @@ def silence_libraries() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="compute dtypes to try")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], help="compute dtypes to try")
     parser.add_argument(
         "--peers",
         nargs="*",

@@ -19,10 +19,11 @@ def bring(residency: AdapterResidency, digest: str) -> int:
     return slot
 
 
-def test_an_image_holds_every_factor_with_its_scaling_folded_in() -> None:
+@pytest.mark.parametrize("rank_major", [False, True])
+def test_an_image_holds_every_factor_with_its_scaling_folded_in(rank_major: bool) -> None:
     ranks = {(0, "q_proj"): 3, (0, "v_proj"): 9, (1, "down_proj"): 256, (1, "up_proj"): 1}
     weights = random_weights(ranks, scaling=0.25)
-    image = build_image(weights, BASE, torch.float32, pinned=False)
+    image = build_image(weights, BASE, torch.float32, pinned=False, rank_major=rank_major)
     deltas = image.layout.deltas(image.data)
     assert set(deltas) == {(0, "qkv"), (1, "down"), (1, "gate_up")}
     columns = {"q_proj": (0, 16), "v_proj": (24, 32), "down_proj": (0, 16), "up_proj": (32, 64)}

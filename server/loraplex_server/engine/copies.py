@@ -74,7 +74,9 @@ class Copies(Generic[Owner]):
     def _to_host(self, owner: Owner, digest: str) -> None:
         started = time.perf_counter()
         try:
-            image = build_image(self._open(digest), self._base, self._dtype, pinned=self._device.type == "cuda")
+            on_gpu = self._device.type == "cuda"
+            weights = self._open(digest)
+            image = build_image(weights, self._base, self._dtype, pinned=on_gpu, rank_major=not on_gpu)
         except Exception as error:  # any failure is this adapter's alone and is reported to its requests
             self._outcomes.put(Landed(owner, failure=Failure("adapter_load_failed", f"{error}")))
         else:

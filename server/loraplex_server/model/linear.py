@@ -1,7 +1,7 @@
 """The linears of a decoder layer, fused by the input they share, and the adapters added to them."""
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 from torch.nn.functional import linear
@@ -9,8 +9,12 @@ from torch.nn.functional import linear
 from loraplex_server.kernels.blocked import block, blocked_linear, can_block
 from loraplex_server.kernels.lora_ref import lora_add_ref
 from loraplex_server.kernels.nf4 import Nf4Gemm, RepackedNf4
+from loraplex_server.kernels.threads import one_thread
 from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch
+
+# Rows of a step up to which a CPU's adapters take less time on one thread.
+_FEW_ROWS: Final = 32
 
 
 class GroupLinear(Protocol):
@@ -86,7 +90,12 @@ def add_adapters(out: Tensor, x: Tensor, batch: Batch, adapters: AdapterLookup, 
         return
     found = ((s.start, s.stop, adapters.delta(s.slot, layer, group)) for s in batch.segments)
     segments = [(start, stop, delta) for start, stop, delta in found if delta is not None]
-    if segments:
+    if not segments:
+        return
+    if x.device.type == "cpu" and x.shape[0] <= _FEW_ROWS:
+        with one_thread():
+            lora_add_ref(out, x, segments)
+    else:
         lora_add_ref(out, x, segments)
 
 
