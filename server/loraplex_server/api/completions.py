@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 from loraplex_server.api.choice import Choice, Piece, ScoredToken
 from loraplex_server.api.completion_request import CompletionRequest
 from loraplex_server.api.connection import ClientGone, while_connected
-from loraplex_server.api.generation import Ask, Generation, Usage
+from loraplex_server.api.generation import Ask, Generation, Usage, refuse_if_full
 from loraplex_server.api.logprobs import CompletionLogprobs
 from loraplex_server.api.prompt import check_ids, encode_text, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
 from loraplex_server.api.sse import EventStream
-from loraplex_server.api.target import check_adapter_fields, target_of
+from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
 from loraplex_server.services import Services, Uses
@@ -35,8 +35,7 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     """Continue one or several texts, whole or as a stream of events."""
     begun = time.perf_counter()
     _check(body)
-    target_of(services, body.model)
-    services.worker.check_room()
+    refuse_if_full(services, body.model)
     asks: list[Ask] = []
     for prompt in body.prompts:
         asks += _asks(services, body, await _prompt_ids(services, prompt))

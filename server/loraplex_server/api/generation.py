@@ -45,6 +45,20 @@ class Usage:
         }
 
 
+def refuse_if_full(services: Services, model: str) -> None:
+    """Turn a request away before its prompt is rendered, if the queue would not take it.
+
+    Raises ApiError (unknown model), QueueFull, EngineStopped.
+    """
+    target = target_of(services, model)
+    try:
+        services.worker.check_room()
+    except (QueueFull, EngineStopped):
+        observer = services.metrics.start(target.adapter, target.mode)
+        observer.on_finish("rejected", seconds=0.0, prompt_tokens=0, output_tokens=0, queue_s=None)
+        raise
+
+
 class Generation:
     """All answers of one HTTP request: an async context that submits and gives up, and an async iterator between.
 
