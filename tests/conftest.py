@@ -5,7 +5,7 @@ import os
 # The models here are so small that a second thread costs more than it brings, and server processes inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     # Triton reads this when it is imported, which bitsandbytes or transformers may do before any test of a kernel.
