@@ -112,13 +112,6 @@ class BlockPool:
         seq.num_computed = 0
         seq.num_published_blocks = 0
 
-    def forget_all(self) -> None:
-        """Drop the content of every idle block."""
-        for block in list(self._idle):
-            self._unpublish(block)
-            self._free.append(block)
-        self._idle.clear()
-
     def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
         size = self.block_size
         hashes = seq.block_hashes

@@ -87,7 +87,6 @@ class Engine:
         self.limits = limits
         self._clock = clock
         self._eos_ids = eos_ids
-        self._decoder = decoder
         self._kv = KVCache.allocate(
             num_layers=decoder.spec.num_layers,
             num_blocks=limits.kv_blocks,

@@ -53,8 +53,3 @@ class Batch:
     @property
     def num_sequences(self) -> int:
         return len(self.query_lens)
-
-    @property
-    def is_decode(self) -> bool:
-        """True when every sequence has exactly one row here."""
-        return self.num_tokens == self.num_sequences
