@@ -21,7 +21,7 @@ from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from loraplex_server.model.fused import FusedForward
+    from loraplex_server.model.fused_prefill import FusedPrefill
 
 # Rows of logits held at once while prompt log-probabilities are computed; bounds memory at large vocabularies.
 _PROMPT_LOGIT_ROWS = 256
@@ -56,7 +56,7 @@ class Runner:
         kv: KVCache,
         adapters: AdapterLookup,
         sampler: Sampler,
-        fused: FusedForward | None = None,
+        fused: FusedPrefill | None = None,
     ) -> None:
         self._fused = fused
         self._decoder = decoder

@@ -152,7 +152,8 @@ def lora_rows(
     part_sizes: tuple[int, ...],
     workspace: LoraWorkspace,
 ) -> None:
-    """``lora_rows_ref``, through ``workspace``. Rows of out, x and table are contiguous."""
+    """``lora_rows_ref``, through ``workspace``, whose capacity no slot of the rows exceeds. Rows of out, x and table are
+    contiguous."""
     num_rows, k_size = x.shape
     n0, n1, n2 = (*part_sizes, *(0,) * (MAX_PARTS - len(part_sizes)))
     block_k = 128

@@ -1,7 +1,7 @@
-"""The forward pass on a GPU: the same mathematics as ``Decoder.forward``, through fused kernels.
+"""Decode rows on a GPU: the same mathematics as ``Decoder.forward``, through fused kernels.
 
-Nothing here depends on values that only the device knows, so that a pass over decode rows can be captured into a CUDA
-graph and replayed for any sequences, lengths and adapters.
+Nothing here depends on values that only the device knows, so that a pass can be captured into a CUDA graph and replayed
+for any sequences, lengths and adapters.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,14 @@ from torch.nn.functional import embedding
 
 from loraplex_server.kernels.activation import silu_mul
 from loraplex_server.kernels.attention_decode import DecodeWorkspace, paged_decode
-from loraplex_server.kernels.attention_prefill import paged_prefill
 from loraplex_server.kernels.norm import add_rms_norm, rms_norm
 from loraplex_server.kernels.rope_cache import rope_and_cache
-from loraplex_server.model.adapters import AdapterLookup
-from loraplex_server.model.batch import Batch
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
-from loraplex_server.model.linear import GroupLinear, add_adapters
+from loraplex_server.model.linear import GroupLinear
 
 # (weights, x [T, K], layer, group) -> [T, N]: one group of linears, every row's adapter delta included.
 Multiply = Callable[[GroupLinear, Tensor, int, str], Tensor]
-# (q [T, H, D], layer) -> [T, H, D]
-Attend = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,60 +59,23 @@ class FusedForward:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, adapters: AdapterLookup) -> Tensor:
-        """Any batch; normed hidden states [T, H]."""
-        longest = max(batch.query_lens)
-
-        def attend(q: Tensor, layer: int) -> Tensor:
-            k, v, window = self._kv.k[layer], self._kv.v[layer], self._decoder.spec.windows[layer]
-            return paged_prefill(
-                q, k, v, batch.block_tables, batch.query_starts, batch.kv_lens, max_query_len=longest, window=window
-            )
-
-        def multiply(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
-            out = weights(x)
-            add_adapters(out, x, batch, adapters, layer, group)
-            return out
-
-        num_positions = max(batch.prefix_and_query_lens)
-        return self._run(batch.token_ids, batch.positions, batch.kv_slots, num_positions, attend, multiply)
-
-    @torch.inference_mode()
     def decode(self, rows: DecodeRows, num_positions: int, multiply: Multiply) -> Tensor:
         """One token for each row; logits [B, V] in the model's dtype. ``num_positions`` bounds the positions."""
-
-        def attend(q: Tensor, layer: int) -> Tensor:
-            k, v, window = self._kv.k[layer], self._kv.v[layer], self._decoder.spec.windows[layer]
-            return paged_decode(q, k, v, rows.block_tables, rows.kv_lens, self._workspace, window=window)
-
-        hidden = self._run(rows.token_ids, rows.positions, rows.kv_slots, num_positions, attend, multiply)
-        return self._decoder.scores(hidden)
-
-    def _run(
-        self,
-        token_ids: Tensor,
-        positions: Tensor,
-        kv_slots: Tensor,
-        num_positions: int,
-        attend: Attend,
-        multiply: Multiply,
-    ) -> Tensor:
         spec, layers = self._decoder.spec, self._decoder.layers
         cos, sin = self._decoder.rope.tables(num_positions)
-        hidden = embedding(token_ids, self._decoder.embed)
+        hidden = embedding(rows.token_ids, self._decoder.embed)
         x = rms_norm(hidden, layers[0].input_norm, spec.rms_eps)
         for index, layer in enumerate(layers):
             qkv = multiply(layer.qkv, x, index, "qkv")
-            k_cache, v_cache = self._kv.k[index], self._kv.v[index]
-            rope_and_cache(
-                qkv, positions, cos, sin, kv_slots, k_cache, v_cache, qk_norm=layer.qk_norm, eps=spec.rms_eps
-            )
+            k, v = self._kv.k[index], self._kv.v[index]
+            rope_and_cache(qkv, rows.positions, cos, sin, rows.kv_slots, k, v, qk_norm=layer.qk_norm, eps=spec.rms_eps)
             q = qkv[:, : spec.q_size].view(-1, spec.num_heads, spec.head_dim)
-            mixed = attend(q, index).flatten(1)
+            window = spec.windows[index]
+            mixed = paged_decode(q, k, v, rows.block_tables, rows.kv_lens, self._workspace, window=window).flatten(1)
             out = multiply(layer.o, mixed, index, "o")
             x = add_rms_norm(out, hidden, layer.post_norm, spec.rms_eps)
             inner = silu_mul(multiply(layer.gate_up, x, index, "gate_up"))
             out = multiply(layer.down, inner, index, "down")
             following = layers[index + 1].input_norm if index + 1 < len(layers) else self._decoder.final_norm
             x = add_rms_norm(out, hidden, following, spec.rms_eps)
-        return x
+        return self._decoder.scores(x)
