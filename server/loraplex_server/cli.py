@@ -4,6 +4,7 @@ import typer
 
 from loraplex_server.commands.adapters import adapters_app
 from loraplex_server.commands.chat import chat
+from loraplex_server.commands.combine import combine
 from loraplex_server.commands.demo import demo
 from loraplex_server.commands.extras import missing_packages, serve_without_server
 from loraplex_server.commands.serve import serve_command
@@ -21,6 +22,7 @@ else:
     app.command("serve")(serve_command())
 app.command()(demo)
 app.command()(chat)
+adapters_app.command()(combine)
 app.add_typer(adapters_app, name="adapters")
 
 
