@@ -19,6 +19,7 @@ from loraplex_adapters.errors import AdapterNotFound, InvalidAdapter, StoreFull,
 from loraplex_adapters.format import PICKLE_SUFFIXES, WEIGHTS_NAME, AdapterWeights, read, read_layout, read_trusted
 from loraplex_adapters.lora_config import CONFIG_NAME
 from loraplex_adapters.manifest import MANIFEST_NAME, Manifest, check_uploaded_manifest, digest_of, make_manifest
+from loraplex_adapters.stored import StoredAdapter, StoredLayouts
 
 README_NAME = "README.md"
 KEPT_NAMES = (CONFIG_NAME, WEIGHTS_NAME, README_NAME, MANIFEST_NAME)
@@ -38,6 +39,7 @@ class AdapterStore:
             directory.mkdir(parents=True, exist_ok=True)
         _sync(self.root)
         self._manifests: dict[str, Manifest] = {}  # they never change: the digest names the content
+        self._layouts = StoredLayouts()
 
     @contextmanager
     def stage(self, num_bytes: int = 0) -> Iterator[Path]:
@@ -123,6 +125,15 @@ class AdapterStore:
             return read_trusted(path)
         except (OSError, InvalidAdapter):
             self.path(digest)  # deleted meanwhile: say that instead
+            raise
+
+    def locate(self, digest: str) -> StoredAdapter:
+        """Where the adapter's factors lie, for readers of their own. Raises AdapterNotFound, InvalidAdapter."""
+        path = self.path(digest)
+        try:
+            return self._layouts.locate(path)
+        except OSError:
+            self.path(digest)  # as in open
             raise
 
     def manifest(self, digest: str) -> Manifest:

@@ -7,7 +7,7 @@ rank is padded with zeros to a multiple of 8, so that rows stay 16-byte aligned 
 follow the true ranks of each module; there is no ceiling to choose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,33 +44,58 @@ class GroupPlace:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLayout:
-    """Where everything lies in an adapter's image. ``num_elements`` is the image's length."""
+    """Where everything lies in an adapter's image. ``num_elements`` is the image's length; ``padded`` if some rank is."""
 
     groups: Mapping[tuple[int, str], GroupPlace]
     num_elements: int
     rank_major: bool
+    padded: bool
 
-    def deltas(self, image: Tensor) -> dict[tuple[int, str], GroupDelta]:
-        """Views into ``image`` [num_elements] as the kernels' values."""
-        return {key: self._delta(image, place) for key, place in self.groups.items()}
-
-    def _delta(self, image: Tensor, place: GroupPlace) -> GroupDelta:
-        a = image[place.offset : place.offset + place.rank * place.k].view(place.rank, place.k)
+    def delta(self, image: Tensor, key: tuple[int, str]) -> GroupDelta | None:
+        """One group's factors as views into ``image`` [num_elements]; None where the adapter changes nothing."""
+        place = self.groups.get(key)
+        if place is None:
+            return None
+        a = image.as_strided((place.rank, place.k), (place.k, 1), image.storage_offset() + place.offset)
         parts = []
         for part in place.parts:
             n = part.col_stop - part.col_start
-            b = image[part.offset : part.offset + n * part.rank]
-            b = b.view(part.rank, n).t() if self.rank_major else b.view(n, part.rank)
+            strides = (1, n) if self.rank_major else (part.rank, 1)
+            b = image.as_strided((n, part.rank), strides, image.storage_offset() + part.offset)
             parts.append(PartDelta(part.col_start, part.col_stop, part.rank_start, part.rank_start + part.rank, b))
         return GroupDelta(a, tuple(parts))
+
+    def deltas(self, image: Tensor) -> dict[tuple[int, str], GroupDelta]:
+        """All groups' factors."""
+        return {key: delta for key in self.groups if (delta := self.delta(image, key)) is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Rescale:
+    """Runs of an image that are still to be multiplied by a scaling: ``count`` runs of ``size``, ``stride`` apart."""
+
+    offset: int
+    size: int
+    stride: int
+    count: int
+    scaling: float
+
+    def apply(self, image: Tensor) -> None:
+        runs = image.as_strided((self.count, self.size), (self.stride, 1), image.storage_offset() + self.offset)
+        runs.mul_(self.scaling)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterImage:
-    """An adapter in host memory, ready to be copied to the device in one piece."""
+    """An adapter in host memory, ready to be copied to the device in one piece.
+
+    ``rescales``: what the device multiplies once the image is there, which is free for it; in float32 and rounded once,
+    so the outcome is the same as if it had been folded in here.
+    """
 
     data: Tensor
     layout: AdapterLayout
+    rescales: Sequence[Rescale] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +105,7 @@ class AdapterImage:
 def plan_layout(ranks: Mapping[tuple[int, str], int], base: BaseShape, *, rank_major: bool) -> AdapterLayout:
     """Lay out an adapter whose modules have these true ranks."""
     groups: dict[tuple[int, str], GroupPlace] = {}
+    padded = any(rank % RANK_ALIGNMENT for rank in ranks.values())
     end = 0
     for layer in range(base.num_layers):
         for group, members in GROUPS.items():
@@ -103,21 +129,27 @@ def plan_layout(ranks: Mapping[tuple[int, str], int], base: BaseShape, *, rank_m
                     end += n * rank
                 column += n
             groups[layer, group] = GroupPlace(start, total, k, tuple(parts))
-    return AdapterLayout(groups, end, rank_major)
+    return AdapterLayout(groups, end, rank_major, padded)
 
 
 def build_image(
     weights: AdapterWeights, base: BaseShape, dtype: torch.dtype, *, pinned: bool, rank_major: bool = False
 ) -> AdapterImage:
     """Pack an adapter's factors into a fresh host image (page-locked if ``pinned``)."""
-    ranks = {key: factors.a.shape[0] for key, factors in weights.factors.items()}
-    layout = plan_layout(ranks, base, rank_major=rank_major)
-    data = torch.zeros(layout.num_elements, dtype=dtype, pin_memory=pinned)
+    layout = plan_layout(weights.ranks, base, rank_major=rank_major)
+    data = torch.empty(layout.num_elements, dtype=dtype, pin_memory=pinned)
+    fill_image(data, weights, layout)
+    return AdapterImage(data, layout)
+
+
+def fill_image(data: Tensor, weights: AdapterWeights, layout: AdapterLayout) -> None:
+    """Write an adapter's factors into ``data`` [num_elements], scaling included."""
+    if layout.padded:
+        data.zero_()
     for (layer, group), delta in layout.deltas(data).items():
-        members = [m for m in GROUPS[group] if (layer, m) in ranks]
+        members = [m for m in GROUPS[group] if (layer, m) in weights.factors]
         for member, part in zip(members, delta.parts, strict=True):
             factors = weights.factors[layer, member]
             rank = factors.a.shape[0]
             delta.a[part.rank_start : part.rank_start + rank].copy_(factors.a)
             part.b[:, :rank].copy_(factors.b.float() * factors.scaling)
-    return AdapterImage(data, layout)

@@ -1,81 +1,38 @@
-"""One block of device memory that adapters of any size share: first fit, and compaction when holes are in the way.
+"""One block of device memory that adapters of any size share.
 
 Device copies run at terabytes a second, so closing holes costs well under a step's time and spares every kernel an
 indirection that a paged layout would need.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-# Elements; keeps every allocation 256-byte aligned at 16 bits.
-_ALIGNMENT = 128
+from loraplex_server.engine.extents import Extent, Extents, Opening
+
 # Bounds the scratch memory that moving overlapping ranges takes.
 _MOVE_ELEMENTS = 16 * 2**20
 
 
-@dataclass(slots=True, eq=False)
-class Extent:
-    """A run of the arena, in elements. ``start`` changes when the arena is compacted."""
-
-    start: int
-    size: int
-
-
-class Arena:
+class Arena(Extents):
     """Contiguous extents in one flat device tensor. Owned by the engine thread."""
 
     def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(num_elements)
         self.data: Tensor = torch.zeros(num_elements, dtype=dtype, device=device)
-        self._extents: list[Extent] = []
-
-    @property
-    def num_elements(self) -> int:
-        return self.data.numel()
-
-    @property
-    def num_used(self) -> int:
-        return sum(extent.size for extent in self._extents)
-
-    @property
-    def num_free(self) -> int:
-        return self.num_elements - self.num_used
-
-    @staticmethod
-    def rounded(num_elements: int) -> int:
-        return -(-max(num_elements, 1) // _ALIGNMENT) * _ALIGNMENT
-
-    def allocate(self, num_elements: int) -> Extent | None:
-        """The first hole that is large enough; None if there is none (compaction may make one)."""
-        size = self.rounded(num_elements)
-        cursor = 0
-        for i, extent in enumerate(self._extents):
-            if extent.start - cursor >= size:
-                self._extents.insert(i, Extent(cursor, size))
-                return self._extents[i]
-            cursor = extent.start + extent.size
-        if self.num_elements - cursor < size:
-            return None
-        self._extents.append(Extent(cursor, size))
-        return self._extents[-1]
-
-    def free(self, extent: Extent) -> None:
-        self._extents.remove(extent)
 
     def view(self, extent: Extent) -> Tensor:
-        return self.data[extent.start : extent.start + extent.size]
+        return self.data[extent.start : extent.stop]
 
-    def compact(self) -> list[Extent]:
-        """Move every extent as far to the front as it goes; returns those that moved. Content is kept."""
+    def make(self, opening: Opening) -> list[Extent]:
+        """Move what is in the way of an opening; returns the extents that have a new place. Content is kept."""
         moved = []
-        cursor = 0
-        for extent in self._extents:
+        cursor = opening.start
+        for extent in opening.moves:
             if extent.start != cursor:
                 self._move(extent.start, cursor, extent.size)
                 extent.start = cursor
                 moved.append(extent)
-            cursor += extent.size
+            cursor = extent.stop
         return moved
 
     def _move(self, source: int, target: int, size: int) -> None:

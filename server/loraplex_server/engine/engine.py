@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.blocks import BlockPool
-from loraplex_server.engine.copies import OpenAdapter
+from loraplex_server.engine.image_source import OpenAdapter
 from loraplex_server.engine.messages import (
     Abort,
     AdapterState,

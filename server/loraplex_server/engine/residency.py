@@ -1,25 +1,34 @@
 """Where each adapter is: on disk, in (pinned) host memory, on the device; and how it gets there.
 
-Copies run beside the step loop (``engine.copies``), so a load never blocks it and a request waits only for its own
-adapter. All state here belongs to the engine's thread; ``poll`` takes in what has been copied once a step.
+An adapter is found (how large will it be?), made in host memory, and copied to the device; each step waits for room and
+for its turn, in the order in which adapters were asked for. The work is done beside the step loop (``engine.copies``), so
+a load never blocks it and a request waits only for its own adapter. All state here belongs to the engine's thread;
+``poll`` takes in what has been done once a step, and costs nothing that grows with the number of adapters.
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from loraplex_adapters.base import BaseShape
-from loraplex_server.engine.adapter_image import AdapterImage, AdapterLayout
-from loraplex_server.engine.arena import Arena, Extent
-from loraplex_server.engine.copies import Copies, Landed, OpenAdapter
+from loraplex_server.engine.adapter_image import AdapterLayout
+from loraplex_server.engine.copies import NUM_READS, Copies, Landed
+from loraplex_server.engine.device_tier import DeviceTier, SlotTables
+from loraplex_server.engine.extents import Extents
+from loraplex_server.engine.host_memory import HostBlock, HostMemory
+from loraplex_server.engine.host_tier import HostTier
+from loraplex_server.engine.image_source import ImageSource, OpenAdapter
 from loraplex_server.engine.messages import AdapterLoad, Failure, Residency
-from loraplex_server.engine.slots import Slots
 from loraplex_server.kernels.lora_ref import GroupDelta
+
+# Copies to the device that are under way or next in line; the bus takes one at a time.
+_NUM_SENDS: Final = 2
+_NUM_FINDS: Final = 8
 
 
 class AdapterLoadError(Exception):
@@ -32,34 +41,28 @@ class AdapterLoadError(Exception):
 
 class _Phase(Enum):
     STILL = "still"
+    FINDING = "finding"
     TO_HOST = "to_host"
     TO_DEVICE = "to_device"
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
+    """What is known of an adapter that is in memory, on its way, or asked for."""
+
     digest: str
     phase: _Phase = _Phase.STILL
-    image: AdapterImage | None = None
+    source: ImageSource | None = None
     layout: AdapterLayout | None = None
-    extent: Extent | None = None
-    slot: int = -1
+    block: HostBlock | None = None
     num_users: int = 0
+    num_expected: int = 0
     pinned: bool = False
+    wanted: bool = False
+    urgent: bool = False
     # It came in since requests were last admitted: evicted now, it would have been loaded for nobody.
     fresh: bool = False
     failure: Failure | None = None
-
-    @property
-    def resident(self) -> bool:
-        return self.slot >= 0
-
-
-class SlotTables(Protocol):
-    """What is told of every resident adapter's place: its slot, its first element in the arena, its layout."""
-
-    def place(self, slot: int, start: int, layout: AdapterLayout) -> None: ...
-    def forget(self, slot: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,60 +86,104 @@ class AdapterResidency:
         device: torch.device,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._limits = limits
-        self._dtype = dtype
-        self._arena = Arena(max(limits.device_bytes // dtype.itemsize, 1), dtype, device)
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._deltas: dict[int, Mapping[tuple[int, str], GroupDelta]] = {}
-        self._wanted: set[str] = set()
-        self._fresh: list[_Entry] = []
-        self._num_copying = 0
-        self._host_bytes = 0
-        self._slots = Slots()
-        # Where kernels find the factors; set where there are such kernels.
-        self.tables: SlotTables | None = None
+        self._itemsize = dtype.itemsize
+        self._entries: dict[str, _Entry] = {}
+        self._memory = HostMemory(limits.host_bytes, dtype, pinned=device.type == "cuda")
+        self._host = HostTier(self._memory, may_drop=self._may_drop_image, on_drop=self._changed_tier)
+        self._device = DeviceTier(limits.device_bytes, dtype, device)
         self._copies: Copies[_Entry] = Copies(
             open_adapter=open_adapter, base=base, dtype=dtype, device=device, wake=wake
         )
+        # Who waits for its turn, by what must be done next. An entry whose turn has passed otherwise is skipped.
+        self._to_find: deque[_Entry] = deque()
+        self._to_read: deque[_Entry] = deque()
+        self._to_send: deque[_Entry] = deque()
+        self._num_under_way = dict.fromkeys(_Phase, 0)
+        self._num_urgent = 0
+        self._fresh: list[_Entry] = []
+        self._changed: set[str] = set()
+        self._lock_ahead()
 
     # --- the model's side -------------------------------------------------------------------------------------------
 
     def delta(self, slot: int, layer: int, group: str) -> GroupDelta | None:
-        return self._deltas[slot].get((layer, group))
+        return self._device.delta(slot, layer, group)
+
+    @property
+    def arena(self) -> Tensor:
+        """The device memory that all resident adapters lie in."""
+        return self._device.arena.data
+
+    @property
+    def tables(self) -> SlotTables | None:
+        """What is told of adapters' places, where kernels need it."""
+        return self._device.tables
+
+    @tables.setter
+    def tables(self, tables: SlotTables) -> None:
+        self._device.tables = tables
 
     # --- the scheduler's side ---------------------------------------------------------------------------------------
 
     def prefetch(self, digest: str) -> None:
         """Start bringing an adapter to the device if it is not there or on its way."""
-        self._want(self._touch(digest))
+        entry = self._entry(digest)
+        self._refile(entry)
+        self._want(entry)
 
-    def acquire(self, digest: str) -> int | None:
+    def expect(self, digest: str) -> None:
+        """One more request waits that will use the adapter. It is brought in when its turn comes."""
+        self._entry(digest).num_expected += 1
+        self.prefetch(digest)
+
+    def dismiss(self, digest: str) -> None:
+        """One request fewer waits for the adapter."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.num_expected > 0:
+            entry.num_expected -= 1
+            self._refile(entry)
+            if entry.num_expected == 0:
+                self._calm(entry)
+
+    def acquire(self, digest: str, *, urgent: bool = False) -> int | None:
         """Hold an adapter for one sequence: its slot, or None while it is on its way or has no room.
 
+        ``urgent``: it goes first, and adapters that others wait for may make room for it.
         Raises: AdapterLoadError if it could not be loaded; the next call tries again.
         """
-        entry = self._touch(digest)
+        entry = self._entry(digest)
         if entry.failure is not None:
             failure, entry.failure = entry.failure, None
             self._forget_if_empty(entry)
             raise AdapterLoadError(failure)
-        if not entry.resident:
-            self._want(entry)
+        slot = self._device.slot(digest)
+        if slot < 0:
+            self._want(entry, urgent=urgent)
             return None
         entry.num_users += 1
         entry.fresh = False
-        return entry.slot
+        self._refile(entry)
+        self._host.touch(digest)
+        return slot
 
     def release(self, digest: str) -> None:
         """One sequence fewer uses the adapter."""
         entry = self._entries[digest]
         assert entry.num_users > 0
         entry.num_users -= 1
+        self._refile(entry)
+
+    def lacks_room(self, digest: str) -> bool:
+        """Whether the adapter could be copied to the device at once if others left it."""
+        entry = self._entries.get(digest)
+        waits = entry is not None and entry.wanted and entry.phase is _Phase.STILL
+        return waits and bool(self._to_send) and self._num_under_way[_Phase.TO_DEVICE] == 0
 
     def pin(self, digest: str, pinned: bool) -> None:
         """A pinned adapter stays on the device once it is there."""
-        entry = self._touch(digest)
+        entry = self._entry(digest)
         entry.pinned = pinned
+        self._refile(entry)
         self._forget_if_empty(entry)
 
     def drop(self, digest: str) -> int | None:
@@ -146,10 +193,10 @@ class AdapterResidency:
             return 0
         if entry.num_users > 0 or entry.phase is not _Phase.STILL:
             return None
-        entry.pinned = False
-        freed = self._drop_image(entry) + self._evict(entry)
-        self._wanted.discard(digest)
-        self._entries.pop(digest, None)
+        self._no_longer_wanted(entry)
+        freed = self._host.drop(digest) + self._device.evict(digest)
+        del self._entries[digest]
+        self._changed.add(digest)
         return freed
 
     def poll(self) -> list[AdapterLoad]:
@@ -159,8 +206,7 @@ class AdapterResidency:
             if landed.load is not None:
                 loads.append(landed.load)
             self._take_in(landed)
-        for digest in list(self._wanted):
-            self._advance(self._entries[digest])
+        self._go_on()
         return loads
 
     def expose(self) -> None:
@@ -168,53 +214,58 @@ class AdapterResidency:
 
         Without this pause two adapters that need the same room would push each other out for ever.
         """
-        for entry in self._fresh:
+        fresh, self._fresh = self._fresh, []
+        for entry in fresh:
             entry.fresh = False
-        self._fresh.clear()
-
-    @property
-    def arena(self) -> Tensor:
-        """The device memory that all resident adapters lie in."""
-        return self._arena.data
+            if self._entries.get(entry.digest) is entry:
+                self._refile(entry)
 
     # --- what is where ----------------------------------------------------------------------------------------------
 
     @property
     def bytes_used(self) -> int:
-        return self._arena.num_used * self._dtype.itemsize
+        return self._device.bytes_used
 
     @property
     def bytes_total(self) -> int:
-        return self._arena.num_elements * self._dtype.itemsize
+        return self._device.bytes_total
 
     @property
     def host_bytes_used(self) -> int:
-        return self._host_bytes
+        return self._host.num_bytes
 
     @property
     def num_copies_running(self) -> int:
-        return self._num_copying
+        return sum(self._num_under_way.values())
 
     def known(self) -> list[str]:
         return list(self._entries)
+
+    def take_changed(self) -> set[str]:
+        """The adapters whose ``where`` may have another answer since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def where(self, digest: str) -> tuple[Residency, int, bool]:
         """Tier, bytes and whether it is pinned."""
         entry = self._entries.get(digest)
         if entry is None:
             return "disk", 0, False
-        tier: Residency = "gpu" if entry.resident else "host" if entry.image else "disk"
-        num_bytes = entry.layout.num_elements * self._dtype.itemsize if entry.layout else 0
+        tier: Residency = "gpu" if self._device.slot(digest) >= 0 else "host" if digest in self._host else "disk"
+        num_bytes = entry.layout.num_elements * self._itemsize if entry.layout else 0
         return tier, num_bytes, entry.pinned
 
+    def is_known(self, digest: str) -> bool:
+        """Whether the adapter is in memory, on its way, or pinned."""
+        return digest in self._entries
+
     def is_resident(self, digest: str) -> bool:
-        entry = self._entries.get(digest)
-        return entry is not None and entry.resident
+        return self._device.slot(digest) >= 0
 
     def is_settled(self, digest: str) -> bool:
         """Whether ``acquire`` would say something new: it is resident, or its load failed."""
         entry = self._entries.get(digest)
-        return entry is not None and (entry.resident or entry.failure is not None)
+        return entry is not None and (entry.failure is not None or self._device.slot(digest) >= 0)
 
     def take_failure(self, digest: str) -> Failure | None:
         """The failure of the last load, once."""
@@ -228,142 +279,174 @@ class AdapterResidency:
     def close(self) -> None:
         self._copies.close()
 
-    # --- moving -----------------------------------------------------------------------------------------------------
+    # --- state ------------------------------------------------------------------------------------------------------
 
-    def _touch(self, digest: str) -> _Entry:
+    def _entry(self, digest: str) -> _Entry:
         entry = self._entries.get(digest)
         if entry is None:
             entry = self._entries[digest] = _Entry(digest)
-        else:
-            self._entries.move_to_end(digest)
         return entry
 
-    def _want(self, entry: _Entry) -> None:
-        if not entry.resident and entry.failure is None:
-            self._wanted.add(entry.digest)
-            self._advance(entry)
-
-    def _advance(self, entry: _Entry) -> None:
-        if entry.resident or entry.phase is not _Phase.STILL or entry.failure is not None:
+    def _refile(self, entry: _Entry) -> None:
+        """Say anew whether a resident adapter may be evicted; it counts as used just now."""
+        self._changed.add(entry.digest)
+        if self._device.slot(entry.digest) < 0:
             return
-        if entry.image is None:
-            entry.phase = _Phase.TO_HOST
-            self._num_copying += 1
-            self._copies.to_host(entry, entry.digest)
-            return
-        extent = self._make_room(entry.image.data.numel())
-        if extent is None:
-            return
-        entry.extent = extent
-        entry.phase = _Phase.TO_DEVICE
-        self._num_copying += 1
-        self._copies.to_device(entry, entry.digest, entry.image, self._arena.view(extent))
+        if entry.num_users or entry.pinned or entry.fresh:
+            self._device.hold(entry.digest)
+        else:
+            self._device.let_go(entry.digest, awaited=entry.num_expected > 0)
 
-    def _make_room(self, num_elements: int) -> Extent | None:
-        needed = Arena.rounded(num_elements)
-        while True:
-            extent = self._arena.allocate(num_elements)
-            if extent is not None:
-                return extent
-            if self._arena.num_free >= needed:
-                if any(entry.phase is _Phase.TO_DEVICE for entry in self._entries.values()):
-                    return None
-                self._compact()
-                continue
-            victim = next((e for e in self._entries.values() if self._evictable(e)), None)
-            if victim is None:
-                return None
-            self._evict(victim)
+    def _may_drop_image(self, digest: str) -> bool:
+        entry = self._entries[digest]
+        return not entry.wanted and entry.phase is _Phase.STILL
 
-    @staticmethod
-    def _evictable(entry: _Entry) -> bool:
-        return entry.resident and entry.num_users == 0 and not entry.pinned and not entry.fresh
-
-    def _evict(self, entry: _Entry) -> int:
-        if entry.extent is None:
-            return 0
-        freed = entry.extent.size * self._dtype.itemsize
-        self._arena.free(entry.extent)
-        entry.extent = None
-        if entry.slot >= 0:
-            del self._deltas[entry.slot]
-            if self.tables is not None:
-                self.tables.forget(entry.slot)
-            self._slots.give(entry.slot)
-            entry.slot = -1
-        self._forget_if_empty(entry)
-        return freed
-
-    def _compact(self) -> None:
-        moved = {id(extent) for extent in self._arena.compact()}
-        for entry in self._entries.values():
-            if entry.extent is not None and id(entry.extent) in moved and entry.resident:
-                self._place(entry)
-
-    def _place(self, entry: _Entry) -> None:
-        assert entry.extent is not None
-        assert entry.layout is not None
-        self._deltas[entry.slot] = entry.layout.deltas(self._arena.view(entry.extent))
-        if self.tables is not None:
-            self.tables.place(entry.slot, entry.extent.start, entry.layout)
+    def _changed_tier(self, digest: str) -> None:
+        """The adapter has left host memory or the device."""
+        self._changed.add(digest)
+        entry = self._entries.get(digest)
+        if entry is not None:
+            self._forget_if_empty(entry)
 
     def _forget_if_empty(self, entry: _Entry) -> None:
-        empty = entry.image is None and entry.extent is None and entry.phase is _Phase.STILL
-        if empty and not entry.pinned and entry.digest not in self._wanted and entry.failure is None:
-            self._entries.pop(entry.digest, None)
+        needed = entry.wanted or entry.pinned or entry.num_expected or entry.failure is not None
+        if needed or entry.phase is not _Phase.STILL or entry.digest in self._host or self.is_resident(entry.digest):
+            return
+        self._entries.pop(entry.digest, None)
+        self._changed.add(entry.digest)
+
+    # --- taking turns -----------------------------------------------------------------------------------------------
+
+    def _want(self, entry: _Entry, *, urgent: bool = False) -> None:
+        if self.is_resident(entry.digest) or entry.failure is not None:
+            return
+        if urgent and not entry.urgent:
+            entry.urgent = True
+            self._num_urgent += 1
+        elif entry.wanted:
+            return
+        entry.wanted = True
+        self._queue(entry)
+        self._go_on()
+
+    def _queue(self, entry: _Entry) -> None:
+        if entry.phase is not _Phase.STILL:
+            return  # it is queued again when that has ended
+        turns = self._to_send if entry.digest in self._host else self._to_read if entry.source else self._to_find
+        if entry.urgent:
+            turns.appendleft(entry)
+        else:
+            turns.append(entry)
+
+    def _calm(self, entry: _Entry) -> None:
+        if entry.urgent:
+            entry.urgent = False
+            self._num_urgent -= 1
+
+    def _no_longer_wanted(self, entry: _Entry) -> None:
+        entry.wanted = False
+        self._calm(entry)
+
+    def _go_on(self) -> None:
+        """Start what has its turn and its room."""
+        self._start_all(self._to_send, _Phase.TO_DEVICE, _NUM_SENDS, self._send)
+        self._start_all(self._to_read, _Phase.TO_HOST, NUM_READS, self._read)
+        self._start_all(self._to_find, _Phase.FINDING, _NUM_FINDS, self._find)
+
+    def _start_all(self, turns: deque[_Entry], phase: _Phase, most: int, start: Callable[[_Entry], bool]) -> None:
+        while turns and self._num_under_way[phase] < most:
+            entry = turns[0]
+            if entry.wanted and entry.phase is _Phase.STILL and self._next_phase(entry) is phase:
+                if not start(entry):
+                    return  # whoever is behind it waits too, or the large would never get their room
+                entry.phase = phase
+                self._num_under_way[phase] += 1
+            turns.popleft()
+
+    def _next_phase(self, entry: _Entry) -> _Phase:
+        if entry.digest in self._host:
+            return _Phase.TO_DEVICE
+        return _Phase.TO_HOST if entry.source else _Phase.FINDING
+
+    def _find(self, entry: _Entry) -> bool:
+        self._copies.find(entry, entry.digest)
+        return True
+
+    def _read(self, entry: _Entry) -> bool:
+        assert entry.source is not None
+        block = self._host.reserve(entry.source.layout.num_elements)
+        if block is None:
+            return False
+        entry.block = block
+        self._copies.to_host(entry, entry.digest, entry.source, block)
+        self._lock_ahead()
+        return True
+
+    def _send(self, entry: _Entry) -> bool:
+        image = self._host.get(entry.digest)
+        assert image is not None
+        extent = self._device.reserve(entry.digest, image.layout, urgent=self._num_urgent > 0)
+        for digest in self._device.take_evicted():
+            self._changed_tier(digest)
+        if extent is None:
+            return False
+        target = self._device.arena.view(extent)
+        self._copies.to_device(entry, entry.digest, image, target, self._device.free_since)
+        return True
+
+    def _lock_ahead(self) -> None:
+        """Have the next piece of host memory made before it is needed."""
+        for segment in self._memory.spares():
+            self._copies.make_memory(segment)
+
+    # --- what has ended ---------------------------------------------------------------------------------------------
 
     def _take_in(self, landed: Landed[_Entry]) -> None:
         entry = landed.owner
         phase, entry.phase = entry.phase, _Phase.STILL
-        self._num_copying -= 1
+        self._num_under_way[phase] -= 1
+        self._changed.add(entry.digest)
         if landed.failure is not None:
-            if entry.extent is not None:
-                self._arena.free(entry.extent)
-                entry.extent = None
+            self._take_back(entry, phase)
             self._fail(entry, landed.failure)
-            return
-        if phase is _Phase.TO_HOST:
-            assert landed.image is not None
-            self._keep_on_host(entry, landed.image)
+        elif landed.source is not None:
+            self._found(entry, landed.source)
+        elif landed.image is not None:
+            assert entry.block is not None
+            self._host.keep(entry.digest, landed.image, entry.block)
+            entry.block = None
+            self._queue(entry)
         else:
-            entry.slot = self._slots.take()
-            self._wanted.discard(entry.digest)
-            entry.fresh = True
-            self._fresh.append(entry)
-            self._place(entry)
-            self._trim_host()
+            self._arrived(entry)
+
+    def _take_back(self, entry: _Entry, phase: _Phase) -> None:
+        if phase is _Phase.TO_HOST:
+            assert entry.block is not None
+            self._host.give_back(entry.block)
+            entry.block = None
+        elif phase is _Phase.TO_DEVICE:
+            self._device.evict(entry.digest)
 
     def _fail(self, entry: _Entry, failure: Failure) -> None:
-        self._wanted.discard(entry.digest)
+        self._no_longer_wanted(entry)
+        entry.source = None  # it may be another the next time
         entry.failure = failure
 
-    def _keep_on_host(self, entry: _Entry, image: AdapterImage) -> None:
-        if Arena.rounded(image.data.numel()) > self._arena.num_elements:
+    def _found(self, entry: _Entry, source: ImageSource) -> None:
+        entry.source, entry.layout = source, source.layout
+        num_elements = source.layout.num_elements
+        if Extents.rounded(num_elements) > self._device.arena.num_elements:
             message = (
-                f"the adapter takes {image.num_bytes / 2**20:.1f} MiB, more than all memory set aside for adapters "
-                f"({self.bytes_total / 2**20:.1f} MiB); raise --adapter-memory"
+                f"the adapter takes {num_elements * self._itemsize / 2**20:.1f} MiB, more than all memory set aside for "
+                f"adapters ({self.bytes_total / 2**20:.1f} MiB); raise --adapter-memory"
             )
             self._fail(entry, Failure("adapter_load_failed", message))
-            return
-        entry.image = image
-        self._host_bytes += image.num_bytes
-        entry.layout = image.layout
-        self._trim_host()
+        else:
+            self._queue(entry)
 
-    def _trim_host(self) -> None:
-        if self._host_bytes <= self._limits.host_bytes:
-            return
-        for entry in list(self._entries.values()):
-            if entry.phase is _Phase.STILL and entry.digest not in self._wanted:
-                self._drop_image(entry)
-                self._forget_if_empty(entry)
-            if self._host_bytes <= self._limits.host_bytes:
-                return
-
-    def _drop_image(self, entry: _Entry) -> int:
-        if entry.image is None:
-            return 0
-        freed = entry.image.num_bytes
-        self._host_bytes -= freed
-        entry.image = None
-        return freed
+    def _arrived(self, entry: _Entry) -> None:
+        self._device.settle(entry.digest)
+        self._no_longer_wanted(entry)
+        entry.fresh = True
+        self._fresh.append(entry)
+        self._host.touch(entry.digest)
