@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.record import RESULTS, circumstances, write_csv
+from benchmarks import RESULTS
+from loraplex_server.bench.record import circumstances, write_csv
 from loraplex_server.kernels.activation import silu_mul
 from loraplex_server.kernels.attention_decode import DecodeWorkspace, paged_decode
 from loraplex_server.kernels.attention_prefill import paged_prefill

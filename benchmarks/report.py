@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.record import RESULTS
+from benchmarks import RESULTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
@@ -29,7 +29,9 @@ def with_measurements(readme: str, results: Path = RESULTS) -> str:
 def report(results: Path) -> str:
     """All tables, as Markdown."""
     sections = [serving_cpu(read(results / "serving_cpu.csv"))]
-    sections += [engine(path.name, read(path)) for path in sorted(results.glob("engine*.csv"))]
+    sections += [
+        engine(path.name, read(path)) for path in sorted([*results.glob("engine*.csv"), *results.glob("decode*.csv")])
+    ]
     return "\n\n".join(section for section in sections if section) or NOTHING
 
 
@@ -91,7 +93,7 @@ def engine(name: str, rows: Sequence[Row]) -> str:
         for row in rows
     ]
     columns = ["batch", "adapters", "ms/step, median", "10th percentile", "90th percentile"]
-    return f"{head}\n\n{_table(columns, table)}\n\nSource: `benchmarks/results/{name}`, `python -m benchmarks.engine`."
+    return f"{head}\n\n{_table(columns, table)}\n\nSource: `benchmarks/results/{name}`, `loraplex bench decode`."
 
 
 _LOAD_FACTS = (

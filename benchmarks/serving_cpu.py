@@ -27,7 +27,8 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.record import RESULTS, circumstances, write_csv
+from benchmarks import RESULTS
+from loraplex_server.bench.record import circumstances, write_csv
 
 # Qwen2.5-0.5B's config; speed does not depend on the values of the weights.
 SHAPE: dict[str, Any] = {

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from benchmarks.record import write_csv
 from benchmarks.report import BEGIN, END, NOTHING, README, with_measurements
+
+from loraplex_server.bench.record import write_csv
 
 MARKED = f"before\n{BEGIN}\nold\n{END}\nafter\n"
 

@@ -3,6 +3,7 @@
 import typer
 
 from loraplex_server.commands.adapters import adapters_app
+from loraplex_server.commands.bench import bench_app
 from loraplex_server.commands.chat import chat
 from loraplex_server.commands.combine import combine
 from loraplex_server.commands.demo import demo
@@ -24,6 +25,7 @@ app.command()(demo)
 app.command()(chat)
 adapters_app.command()(combine)
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
