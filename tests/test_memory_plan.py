@@ -36,6 +36,7 @@ DEFAULTS = EngineConfig(
     max_batched_tokens=2048,
     prefix_cache=True,
     seed=0,
+    process="auto",
 )
 
 

@@ -119,6 +119,10 @@ class ServeSettings(BaseSettings):
         "auto", description="dummy makes random weights from config.json alone, to try out speed and memory."
     )
 
+    engine_process: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether the engine runs in a process of its own; auto does that on a GPU."
+    )
+
     # HTTP
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface (then set keys).")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
@@ -222,6 +226,7 @@ class ServeSettings(BaseSettings):
                 max_batched_tokens=self.max_batched_tokens,
                 prefix_cache=self.prefix_cache,
                 seed=self.seed,
+                process=self.engine_process,
             ),
             adapters=AdapterConfig(
                 preloaded=tuple(_split(source) for source in self.adapter),

@@ -1,6 +1,8 @@
 """Text out of tokens while they come: what is certain is given out, what a later token may still change is held back."""
 
+import codecs
 from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids -> text."""
@@ -12,8 +14,71 @@ _UNFINISHED = "\ufffd"
 _CONTEXT_TOKENS = 8
 
 
+class Detokenizer(Protocol):
+    """Decodes one sequence as it grows; the pieces joined are the whole decoded."""
+
+    def push_token(self, token_id: int) -> str:
+        """The text that one more token makes certain."""
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        """The text that these tokens make certain."""
+
+    def flush(self) -> str:
+        """What is held back when no more tokens come; an unfinished character becomes U+FFFD."""
+
+
+class TokenTexts:
+    """What each token of a byte-level vocabulary stands for: its bytes, and its text where those are whole characters."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        """``token_bytes``: nothing for ids that stand for no text (special tokens)."""
+        self._token_bytes = token_bytes
+        self.texts: dict[int, str] = {}
+        """Filled as tokens come up; a token that is no text by itself never enters."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The token's bytes; remembers its text."""
+        raw = self._token_bytes(token_id)
+        try:
+            self.texts[token_id] = raw.decode()
+        except UnicodeDecodeError:
+            return raw
+        return raw
+
+
+class ByteDetokenizer:
+    """Decodes byte-level vocabularies (Llama 3, Qwen, GPT): there a text is its tokens' bytes, whatever their neighbors.
+
+    A look-up a token. See ``Detokenizer``.
+    """
+
+    __slots__ = ("_decoder", "_is_open", "_known", "_tokens")
+
+    def __init__(self, tokens: TokenTexts) -> None:
+        self._tokens = tokens
+        self._known = tokens.texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_open = False
+
+    def push_token(self, token_id: int) -> str:
+        if not self._is_open:
+            text = self._known.get(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._tokens.bytes_of(token_id))
+        self._is_open = bool(self._decoder.getstate()[0])
+        return text
+
+    def push(self, token_ids: Iterable[int]) -> str:
+        return "".join([self.push_token(token_id) for token_id in token_ids])
+
+    def flush(self) -> str:
+        self._is_open = False
+        return self._decoder.decode(b"", final=True)
+
+
 class IncrementalDetokenizer:
-    """Decodes one sequence as it grows; the pieces joined are the whole decoded.
+    """Decodes any vocabulary. See ``Detokenizer``.
 
     A token's text depends on its neighbors (a space before a word, the bytes of one character in several tokens), so
     each piece is what the last few tokens decode to, less what was given out of it before. Constant time a token.
@@ -28,12 +93,13 @@ class IncrementalDetokenizer:
         self._num_context = 0
         self._given = ""
 
+    def push_token(self, token_id: int) -> str:
+        return "" if token_id in self._skip else self._push(token_id)
+
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens make certain."""
-        return "".join([self._push(token_id) for token_id in token_ids if token_id not in self._skip])
+        return "".join([self.push_token(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
-        """What is held back when no more tokens come; an unfinished character becomes U+FFFD."""
         return self._give(self._decode(self._window)) if self._window else ""
 
     def _push(self, token_id: int) -> str:

@@ -51,9 +51,7 @@ class WatchedRequest:
 
     def on_tokens(self, count: int, gap_s: float) -> None:
         # Tokens that arrive together share the gap before them.
-        each_s = gap_s / count
-        self._own.inter_token.observe(each_s, count)
-        self._all.inter_token.observe(each_s, count)
+        self._own.inter_token.observe_with(self._all.inter_token, gap_s / count, count)
 
     def on_finish(
         self, outcome: Outcome, *, seconds: float, prompt_tokens: int, output_tokens: int, queue_s: float | None

@@ -4,7 +4,6 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -14,30 +13,30 @@ import torch
 import uvicorn
 from fastapi import FastAPI
 
+from loraplex_adapters.base import BaseShape
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.install import AdapterInstaller
 from loraplex_adapters.registry import AdapterRegistry
 from loraplex_adapters.sources import AdapterSources
 from loraplex_adapters.store import AdapterStore
-from loraplex_server.api.request_log import where_of
 from loraplex_server.app import create_app
 from loraplex_server.auth import Access, Keys, is_loopback
-from loraplex_server.engine.engine import Engine, EngineLimits
-from loraplex_server.engine.messages import Pin, Warm
+from loraplex_server.engine.host import Progress
+from loraplex_server.engine.messages import Command, Pin, Warm
+from loraplex_server.engine.process import EngineProcess
+from loraplex_server.engine.thread import EngineThread
 from loraplex_server.engine.worker import Worker
+from loraplex_server.engine_recipe import ServedBase
 from loraplex_server.listening import CannotListen, take_addresses
-from loraplex_server.memory_plan import GIB, inspect, plan_memory
 from loraplex_server.metrics import Metrics, adapter_names
-from loraplex_server.model.decoder import Decoder
-from loraplex_server.model.loader import Progress, load
 from loraplex_server.model.source import resolve
 from loraplex_server.server_config import AdapterConfig, ModelConfig, ServerConfig
 from loraplex_server.services import BaseModel, HttpLimits, Services
 from loraplex_server.tokenizer import Tokenizer
+from loraplex_server.web import web_config
 
 _log = structlog.get_logger("loraplex")
 _METRICS_ACCESS = {"open": Access.OPEN, "user": Access.USER, "off": None}
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class StartError(Exception):
@@ -51,7 +50,7 @@ class EngineDied(Exception):
 def serve(config: ServerConfig, progress: Progress | None = None) -> None:
     """Load, listen, and return after SIGTERM or SIGINT, once running requests have ended.
 
-    Raises: StartError, ModelError, AdapterError, TooLittleMemory, EngineDied.
+    Raises: StartError, ModelError, AdapterError, TooLittleMemory, EngineNotStarted, EngineDied.
     """
     try:
         sockets = take_addresses(config.http.host, config.http.port)
@@ -60,53 +59,35 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
     with ExitStack() as stack:
         for bound in sockets:
             stack.enter_context(bound)
-        services = build_services(config, progress)
+        services = build_services(config, stack, progress)
         DrainingServer(create_app(services), services.worker, config).run(sockets)
     _log.info("stopped")
     if services.worker.death is not None:
         raise EngineDied("the engine failed and cannot go on; the log says where. Start the server again")
 
 
-def build_services(config: ServerConfig, progress: Progress | None = None) -> Services:
-    """Everything behind the HTTP routes; the engine itself starts with the app."""
+def build_services(config: ServerConfig, stack: ExitStack, progress: Progress | None = None) -> Services:
+    """Everything behind the HTTP routes; the engine itself starts with the app, and ends with ``stack`` at the latest."""
     _lock(config.adapters.data_dir)
     folder = resolve(config.model.model, revision=config.model.revision, token=os.environ.get("HF_TOKEN"))
+    host = _pick_host(config, folder)
+    stack.callback(host.close)
     tokenizer = _load_tokenizer(folder, config.model)
-    device = _pick_device(config.model.device)
-    started = time.perf_counter()
-    decoder = load(
-        folder,
-        device=device,
-        dtype=_DTYPES.get(config.model.dtype),
-        quantization=config.model.quantization,
-        load_format=config.model.load_format,
-        progress=progress,
-    )
-    _log.info(
-        "base loaded",
-        model=config.model.model,
-        device=str(device),
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        quantization=config.model.quantization,
-        gib=round(decoder.weight_bytes / GIB, 2),
-        seconds=round(time.perf_counter() - started, 1),
-    )
-    machine = inspect(device, config.engine.gpu_memory_utilization)
-    limits = plan_memory(config.engine, decoder.spec, decoder.dtype, device, machine, config.model.max_model_len)
-    installer = _open_adapters(config.adapters, decoder, config.model.names)
+    facts = host.load(progress)
+    installer = _open_adapters(config.adapters, facts.base, config.model.names)
     registry = installer.registry
     metrics = Metrics(
         model_name=config.model.names[0],
         names=lambda: adapter_names(registry),
         max_adapters=config.metrics.max_adapters,
     )
-    warm = _preload(installer, config.adapters)
     worker = Worker(
-        _engine_builder(decoder, installer, limits, warm),
-        max_model_len=limits.max_model_len,
+        host,
+        max_model_len=facts.max_model_len,
         max_waiting=config.engine.max_waiting,
         max_waiting_tokens=config.engine.max_waiting_tokens,
         on_report=metrics.on_report,
+        first=_preload(installer, config.adapters),
     )
     return Services(
         worker=worker,
@@ -116,8 +97,8 @@ def build_services(config: ServerConfig, progress: Progress | None = None) -> Se
         base=BaseModel(
             names=config.model.names,
             root=config.model.model,
-            fingerprint=decoder.fingerprint,
-            vocab_size=decoder.spec.vocab_size,
+            fingerprint=facts.base.fingerprint,
+            vocab_size=facts.base.vocab_size,
             created_at=int(time.time()),
         ),
         keys=Keys(config.http.api_keys, config.http.admin_keys, loopback=is_loopback(config.http.host)),
@@ -132,23 +113,9 @@ class DrainingServer(uvicorn.Server):
     have ended. A second signal stops at once."""
 
     def __init__(self, app: FastAPI, worker: Worker, config: ServerConfig) -> None:
-        http = config.http
-        super().__init__(
-            uvicorn.Config(
-                app,
-                host=http.host,
-                port=http.port,
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                h11_max_incomplete_event_size=64 << 10,
-                # Longer than clients and proxies keep idle connections, or they would reuse one that is just being closed.
-                timeout_keep_alive=75,
-                timeout_graceful_shutdown=5,
-            )
-        )
+        super().__init__(web_config(app, config.http.host, config.http.port))
         self._worker = worker
-        self._drain_timeout_s = http.drain_timeout_s
+        self._drain_timeout_s = config.http.drain_timeout_s
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -164,7 +131,8 @@ class DrainingServer(uvicorn.Server):
         """Also end when the engine has died: a server that can only say no is better started again."""
         if self._worker.death is not None and not self.should_exit:
             death = self._worker.death
-            _log.critical("the engine died", exception=type(death).__name__, at=where_of(death))
+            # Its message stays out: it may quote a prompt.
+            _log.critical("the engine died", exception=death.kind, at=death.at)
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -201,9 +169,20 @@ def _pick_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def _open_adapters(config: AdapterConfig, decoder: Decoder, base_names: tuple[str, ...]) -> AdapterInstaller:
+def _pick_host(config: ServerConfig, folder: Path) -> EngineThread | EngineProcess:
+    """Where the engine runs. A process is started at once, so that it loads while the rest is put together."""
+    device = _pick_device(config.model.device)
+    recipe = ServedBase(folder, device, config.model, config.engine, config.adapters.data_dir, config.log)
+    wanted = config.engine.process
+    if wanted == "off" or (wanted == "auto" and device.type != "cuda"):
+        return EngineThread(recipe)
+    host = EngineProcess(recipe)
+    host.launch()
+    return host
+
+
+def _open_adapters(config: AdapterConfig, base: BaseShape, base_names: tuple[str, ...]) -> AdapterInstaller:
     """The store and the registry of the data directory. Raises StartError if they belong to another base."""
-    base = decoder.base_shape
     registry = AdapterRegistry(config.data_dir / "registry.sqlite", reserved=base_names)
     store = AdapterStore(config.data_dir)
     used = registry.digests_in_use()
@@ -238,8 +217,8 @@ def _lock(data_dir: Path) -> None:
         ) from None
 
 
-def _preload(installer: AdapterInstaller, config: AdapterConfig) -> list[tuple[str, bool]]:
-    """Install what the command line names; the digests to bring in at start, and whether each is pinned."""
+def _preload(installer: AdapterInstaller, config: AdapterConfig) -> list[Command]:
+    """Install what the command line names; what to tell the engine of these adapters and of those that are pinned."""
     digests: dict[str, bool] = {}
     for name, source in config.preloaded:
         try:
@@ -255,27 +234,6 @@ def _preload(installer: AdapterInstaller, config: AdapterConfig) -> list[tuple[s
         if adapter.pinned:
             digests[adapter.digest] = True
     installer.discard_unused()
-    return list(digests.items())
-
-
-def _engine_builder(
-    decoder: Decoder, installer: AdapterInstaller, limits: EngineLimits, warm: list[tuple[str, bool]]
-) -> Callable[[Callable[[], None]], Engine]:
-    def build(wake: Callable[[], None]) -> Engine:
-        eos_ids = frozenset(decoder.spec.eos_token_ids)
-        engine = Engine(decoder, installer.base, installer.store.open, limits, eos_ids, wake=wake)
-        for ticket, (digest, pinned) in enumerate(warm, start=1):
-            if pinned:
-                engine.handle(Pin(digest, True))
-            # Nobody waits for these; tickets of callers count from zero up.
-            engine.handle(Warm(-ticket, digest))
-        _log.info(
-            "engine",
-            max_model_len=limits.max_model_len,
-            kv_tokens=(limits.kv_blocks - 1) * limits.block_size,
-            adapter_gib=round(limits.adapter_bytes / GIB, 2),
-            max_running=limits.max_running,
-        )
-        return engine
-
-    return build
+    commands: list[Command] = [Pin(digest, True) for digest, pinned in digests.items() if pinned]
+    # Nobody waits for these; tickets of callers count from zero up.
+    return commands + [Warm(-ticket, digest) for ticket, digest in enumerate(digests, start=1)]

@@ -29,7 +29,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Memory and batching. Sizes in bytes; None is found out at start."""
+    """Memory and batching. Sizes in bytes; None is found out at start. ``process``: whether it runs in its own."""
 
     kv_cache_bytes: int | None
     gpu_memory_utilization: float
@@ -42,6 +42,7 @@ class EngineConfig:
     max_batched_tokens: int
     prefix_cache: bool
     seed: int
+    process: Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from loraplex_server.detokenizer import IncrementalDetokenizer
+from loraplex_server.detokenizer import ByteDetokenizer, Detokenizer, IncrementalDetokenizer, TokenTexts
 
 # What templates are called with by us. A request's own template variables may not replace any of it.
 RESERVED_TEMPLATE_VARIABLES = frozenset(
@@ -76,9 +76,13 @@ class Tokenizer:
         self._hf = hf
         self._backend = backend
         self._special_ids = frozenset(hf.all_special_ids)
-        self._is_byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+        decoder = json.loads(backend.to_str())["decoder"]
+        self._is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+        # With nothing else in it, decoding is the joining of bytes.
+        self._joins_bytes = isinstance(decoder, dict) and decoder["type"] == "ByteLevel"
         self._max_token_bytes = max((len(token.encode()) for token in backend.get_vocab()), default=1)
         self._text_of: dict[int, bytes] = {}
+        self._token_texts = TokenTexts(self._answered_bytes)
         if chat_template is not None:
             hf.chat_template = chat_template
         if self.has_chat_template:
@@ -141,8 +145,10 @@ class Tokenizer:
         text: str = self._backend.decode(list(ids), skip_special_tokens=False)
         return text
 
-    def detokenizer(self) -> IncrementalDetokenizer:
+    def detokenizer(self) -> Detokenizer:
         """A fresh decoder for one sequence; special tokens give no text."""
+        if self._joins_bytes:
+            return ByteDetokenizer(self._token_texts)
         return IncrementalDetokenizer(self._backend.decode, self._special_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -155,6 +161,9 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token as text; parts of characters show as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def _answered_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id in self._special_ids else self.token_bytes(token_id)
 
     def _token_bytes(self, token_id: int) -> bytes:
         token: str | None = self._backend.id_to_token(token_id)

@@ -19,12 +19,14 @@ from loraplex_adapters.sources import AdapterSources
 from loraplex_adapters.store import AdapterStore
 from loraplex_server.auth import Keys
 from loraplex_server.engine.engine import Engine, EngineLimits
+from loraplex_server.engine.thread import EngineThread
 from loraplex_server.engine.worker import Worker
 from loraplex_server.metrics import Metrics, adapter_names
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.services import BaseModel, Services
 from loraplex_server.tokenizer import Tokenizer
 from tests.api.servers import Server, serve
+from tests.engine.hosting import Given
 from tests.models import VOCAB_SIZE, make_tokenizer
 
 MODEL_LEN = 400
@@ -83,9 +85,11 @@ def live_services(
     def build(wake: Any) -> Engine:
         return Engine(decoder, decoder.base_shape, store.open, limits, frozenset(), wake=wake)
 
+    host = EngineThread(Given(build))
+    host.load()
     return Services(
         worker=Worker(
-            build, max_model_len=MODEL_LEN, max_waiting=64, max_waiting_tokens=100_000, on_report=metrics.on_report
+            host, max_model_len=MODEL_LEN, max_waiting=64, max_waiting_tokens=100_000, on_report=metrics.on_report
         ),
         registry=registry,
         installer=AdapterInstaller(store, registry, sources, decoder.base_shape),

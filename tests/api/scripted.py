@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from loraplex_server.engine.messages import EngineStats, Failure, TokenOutput
 from loraplex_server.engine.sequence import Request, TokenLogprob
-from loraplex_server.engine.worker import EngineStopped, QueueFull, TokenStream
+from loraplex_server.engine.token_stream import TokenStream
+from loraplex_server.engine.worker import EngineStopped, Place, QueueFull
 
 EOS_ID = 257
 
@@ -90,14 +91,18 @@ class ScriptedWorker:
         for task in self._tasks:
             task.cancel()
 
-    def check_room(self, num_tokens: int = 0) -> None:
+    def reserve(self) -> Place:
+        self._check_room()
+        return Place(lambda: None)
+
+    def _check_room(self) -> None:
         if not self.running:
             raise EngineStopped("not running")
         if self.queue_full_after is not None and len(self.running_ids) >= self.queue_full_after:
             raise QueueFull("full", retry_after_s=2.5)
 
     def submit(self, request: Request) -> TokenStream:
-        self.check_room()
+        self._check_room()
         self.requests.append(request)
         self.running_ids.add(request.id)
         stream = TokenStream(request.id, self._abort)

@@ -12,14 +12,15 @@ from starlette.responses import JSONResponse, Response
 from loraplex_server.api.chat_request import ChatRequest
 from loraplex_server.api.choice import Piece
 from loraplex_server.api.connection import ClientGone, while_connected
-from loraplex_server.api.generation import Ask, Generation, Usage, refuse_if_full
+from loraplex_server.api.generation import Ask, Generation, Usage, reserve_place
 from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.prompt import encode_chat, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
-from loraplex_server.api.sse import EventStream
+from loraplex_server.api.sse import EventStream, quoted
 from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
+from loraplex_server.engine.worker import Place
 from loraplex_server.errors import ApiError
 from loraplex_server.services import Services, TemplateTime, Uses
 from loraplex_server.tokenizer import Tokenizer
@@ -35,9 +36,9 @@ async def create_chat_completion(
     """Answer a conversation with the base model or an adapter, whole or as a stream of events."""
     begun = time.perf_counter()
     _check(body)
-    refuse_if_full(services, body.model)
-    prompt_ids = await encode_chat(services, template_time, body.messages, dict(body.chat_template_kwargs or {}))
-    generation = _generation(services, body, prompt_ids)
+    with reserve_place(services, body.model) as place:
+        prompt_ids = await encode_chat(services, template_time, body.messages, dict(body.chat_template_kwargs or {}))
+        generation = _generation(services, body, prompt_ids, place)
     encode_s = time.perf_counter() - begun
     if body.stream:
         chunks = ChatChunks(services.tokenizer, logprobs=bool(body.logprobs), usage=body.wants_stream_usage)
@@ -68,7 +69,7 @@ def _check(body: ChatRequest) -> None:
         raise ApiError("`stream_options`: only for streams.", param="stream_options", code="invalid_value")
 
 
-def _generation(services: Services, body: ChatRequest, prompt_ids: list[int]) -> Generation:
+def _generation(services: Services, body: ChatRequest, prompt_ids: list[int], place: Place) -> Generation:
     max_tokens = output_limit(
         services,
         len(prompt_ids),
@@ -80,7 +81,7 @@ def _generation(services: Services, body: ChatRequest, prompt_ids: list[int]) ->
     prompt = tuple(prompt_ids)
     asks = [Ask(prompt, for_choice(sampling, index), body.stops) for index in range(body.num_choices)]
     id = f"chatcmpl-{uuid.uuid4().hex}"
-    return Generation(services, id, body.model, asks, choices_per_prompt=len(asks), salt=body.cache_salt or "")
+    return Generation(services, id, body.model, asks, place, choices_per_prompt=len(asks), salt=body.cache_salt or "")
 
 
 def _head(generation: Generation, object: str) -> dict[str, Any]:
@@ -121,22 +122,27 @@ class ChatChunks:
         self._head = f"data: {head[:-1]}"
         self._tail = '}],"usage":null}\n\n' if self._usage else "}]}\n\n"
         self._before = [f'{self._head},"choices":[{{"index":{choice.index},"delta":' for choice in generation.choices]
+        self._before_text = [f'{before}{{"content":' for before in self._before]
+        self._after_text = f'}},"logprobs":null,"finish_reason":null{self._tail}'
 
     def events(self, pieces: Sequence[Piece]) -> bytes:
-        events = []
-        for piece in pieces:
-            before = self._before[piece.index]
-            if piece.index not in self._begun:
-                self._begun.add(piece.index)
-                role = '{"role":"assistant","content":"","refusal":null}'
-                events.append(f'{before}{role},"logprobs":null,"finish_reason":null{self._tail}')
-            if piece.text or piece.scored:
-                scores = self._scores(piece)
-                delta = f'{{"content":{json.dumps(piece.text)}}}'
-                events.append(f'{before}{delta},"logprobs":{scores},"finish_reason":null{self._tail}')
-            if piece.finish_reason is not None:
-                events.append(f'{before}{{}},"logprobs":null,"finish_reason":"{piece.finish_reason}"{self._tail}')
-        return "".join(events).encode()
+        return "".join([self._events(piece) for piece in pieces]).encode()
+
+    def _events(self, piece: Piece) -> str:
+        index, text, finish_reason = piece.index, piece.text, piece.finish_reason
+        if index in self._begun and finish_reason is None and not self._logprobs:
+            return f"{self._before_text[index]}{quoted(text)}{self._after_text}" if text else ""
+        before, events = self._before[index], []
+        if index not in self._begun:
+            self._begun.add(index)
+            role = '{"role":"assistant","content":"","refusal":null}'
+            events.append(f'{before}{role},"logprobs":null,"finish_reason":null{self._tail}')
+        if text or piece.scored:
+            delta = f'{{"content":{quoted(text)}}}'
+            events.append(f'{before}{delta},"logprobs":{self._scores(piece)},"finish_reason":null{self._tail}')
+        if finish_reason is not None:
+            events.append(f'{before}{{}},"logprobs":null,"finish_reason":"{finish_reason}"{self._tail}')
+        return "".join(events)
 
     def last(self, usage: Usage) -> bytes:
         if not self._usage:

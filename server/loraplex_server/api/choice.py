@@ -7,7 +7,7 @@ from typing import Literal
 
 from loraplex_server.engine.messages import Failure, TokenOutput
 from loraplex_server.engine.sequence import TokenLogprob
-from loraplex_server.engine.worker import TokenStream
+from loraplex_server.engine.token_stream import Arrival, TokenStream
 from loraplex_server.errors import failure_error
 from loraplex_server.stop_strings import StopStrings
 from loraplex_server.tokenizer import Tokenizer
@@ -23,7 +23,7 @@ class ScoredToken:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, in half the time
 class Piece:
     """What one choice has to say now. ``finish_reason`` marks its last piece."""
 
@@ -61,19 +61,36 @@ class Choice:
         self._keep_output = keep_output
         self._min_tokens = min_tokens
         self._detokenizer = tokenizer.detokenizer()
+        self._has_stops = bool(stops)
         self._stops = StopStrings(stops)
         self._num_decoded_chars = 0
         self._num_given_chars = 0
         self._undecided: deque[tuple[ScoredToken, int]] = deque()
         self._given: list[str] = []
 
-    def take(self, outputs: Iterable[TokenOutput]) -> Piece:
-        """Read new outputs of the engine, in order. Raises ApiError if they report a failure."""
-        for output in outputs:
-            if self.finish_reason is None:
-                self._take(output)
+    def take(self, arrivals: Iterable[Arrival]) -> Piece:
+        """Read what has come from the engine, in order. Raises ApiError if it reports a failure."""
+        for arrival in arrivals:
+            if self.finish_reason is not None:
+                break
+            if isinstance(arrival, int):
+                self._take_token(arrival)
+            else:
+                self._take(arrival)
         text, self._given = "".join(self._given), []
-        return Piece(self.index, text, self._decided(), self.finish_reason)
+        return Piece(self.index, text, self._decided() if self._undecided else (), self.finish_reason)
+
+    def _take_token(self, token_id: int) -> None:
+        """A token without a score, and nothing else: nearly all there ever is."""
+        if not self._keep_output:
+            return
+        self.num_tokens += 1
+        text = self._detokenizer.push_token(token_id)
+        self._num_decoded_chars += len(text)
+        if not self._has_stops:
+            self._append(text)
+        elif text and self._give(text):
+            self._stop()
 
     def _take(self, output: TokenOutput) -> None:
         if output.failure is not None or output.finish_reason in ("abort", "error"):
@@ -86,18 +103,22 @@ class Choice:
         if not self._keep_output:
             self.finish_reason = None if output.finish_reason is None else "length"
         elif self._read(output):
-            self.finish_reason = "stop"
-            self.stream.abort()
+            self._stop()
         elif output.finish_reason is not None:
             stopped = self._finish_text() or output.finish_reason == "stop"
             self.finish_reason = "stop" if stopped else "length"
+
+    def _stop(self) -> None:
+        """A stop string has ended the text."""
+        self.finish_reason = "stop"
+        self.stream.abort()
 
     def _read(self, output: TokenOutput) -> bool:
         """Take in new tokens; True if a stop string ended the text."""
         ids = output.token_ids if output.stop_token_id is None else output.token_ids[:-1]
         for position, token_id in enumerate(ids):
             self.num_tokens += 1
-            text = self._detokenizer.push((token_id,))
+            text = self._detokenizer.push_token(token_id)
             begin, self._num_decoded_chars = self._num_decoded_chars, self._num_decoded_chars + len(text)
             if output.logprobs:
                 self._undecided.append((ScoredToken(output.logprobs[position], begin), self._num_decoded_chars))

@@ -12,12 +12,12 @@ from starlette.responses import JSONResponse, Response
 from loraplex_server.api.choice import Choice, Piece, ScoredToken
 from loraplex_server.api.completion_request import CompletionRequest
 from loraplex_server.api.connection import ClientGone, while_connected
-from loraplex_server.api.generation import Ask, Generation, Usage, refuse_if_full
+from loraplex_server.api.generation import Ask, Generation, Usage, reserve_place
 from loraplex_server.api.logprobs import CompletionLogprobs
 from loraplex_server.api.prompt import check_ids, encode_text, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
-from loraplex_server.api.sse import EventStream
+from loraplex_server.api.sse import EventStream, quoted
 from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
@@ -35,15 +35,20 @@ async def create_completion(body: CompletionRequest, request: Request, services:
     """Continue one or several texts, whole or as a stream of events."""
     begun = time.perf_counter()
     _check(body)
-    refuse_if_full(services, body.model)
-    asks: list[Ask] = []
-    for prompt in body.prompts:
-        asks += _asks(services, body, await _prompt_ids(services, prompt))
     answers = CompletionAnswers(services.tokenizer, body)
-    id = f"cmpl-{uuid.uuid4().hex}"
-    generation = Generation(
-        services, id, body.model, asks, choices_per_prompt=body.num_choices, salt=body.cache_salt or ""
-    )
+    with reserve_place(services, body.model) as place:
+        asks: list[Ask] = []
+        for prompt in body.prompts:
+            asks += _asks(services, body, await _prompt_ids(services, prompt))
+        generation = Generation(
+            services,
+            f"cmpl-{uuid.uuid4().hex}",
+            body.model,
+            asks,
+            place,
+            choices_per_prompt=body.num_choices,
+            salt=body.cache_salt or "",
+        )
     encode_s = time.perf_counter() - begun
     if body.stream:
         return EventStream(generation, answers, encode_s)
@@ -163,7 +168,7 @@ class CompletionAnswers:
             return ""
         scores = json.dumps(self._logprobs.body(tokens)) if self._logprobs else "null"
         reason = json.dumps(piece.finish_reason)
-        choice = f'"index":{piece.index},"text":{json.dumps(text)},"logprobs":{scores},"finish_reason":{reason}'
+        choice = f'"index":{piece.index},"text":{quoted(text)},"logprobs":{scores},"finish_reason":{reason}'
         return f'{self._head},"choices":[{{{choice}{self._tail}'
 
     def _echo(self, choice: Choice) -> tuple[str, list[ScoredToken | tuple[int, int]]]:
@@ -175,7 +180,7 @@ class CompletionAnswers:
         texts, offsets, length = [], [], 0
         for token_id in choice.prompt_ids:
             offsets.append(length)
-            texts.append(detokenizer.push((token_id,)))
+            texts.append(detokenizer.push_token(token_id))
             length += len(texts[-1])
         text = "".join([*texts, detokenizer.flush()])
         self._echoed_chars[choice.index] = len(text)

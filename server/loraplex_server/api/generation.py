@@ -4,15 +4,17 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from loraplex_server.api.choice import Choice, Piece
 from loraplex_server.api.connection import ClientGone
 from loraplex_server.api.target import Target, target_of
-from loraplex_server.engine.messages import TokenOutput
 from loraplex_server.engine.sequence import Request, SamplingParams
-from loraplex_server.engine.worker import EngineStopped, QueueFull
+from loraplex_server.engine.token_stream import Arrival
+from loraplex_server.engine.worker import EngineStopped, Place, QueueFull
+from loraplex_server.errors import ApiError
 from loraplex_server.observer import Outcome
 from loraplex_server.services import Services
 
@@ -45,14 +47,14 @@ class Usage:
         }
 
 
-def refuse_if_full(services: Services, model: str) -> None:
-    """Turn a request away before its prompt is rendered, if the queue would not take it.
+def reserve_place(services: Services, model: str) -> Place:
+    """A place in the queue, taken before the prompt is rendered: whoever gets none is turned away at little cost.
 
     Raises ApiError (unknown model), QueueFull, EngineStopped.
     """
     target = target_of(services, model)
     try:
-        services.worker.check_room()
+        return services.worker.reserve()
     except (QueueFull, EngineStopped):
         observer = services.metrics.start(target.adapter, target.mode)
         observer.on_finish("rejected", seconds=0.0, prompt_tokens=0, output_tokens=0, queue_s=None)
@@ -67,7 +69,15 @@ class Generation:
     """
 
     def __init__(
-        self, services: Services, id: str, model: str, asks: Sequence[Ask], *, choices_per_prompt: int, salt: str
+        self,
+        services: Services,
+        id: str,
+        model: str,
+        asks: Sequence[Ask],
+        place: Place,
+        *,
+        choices_per_prompt: int,
+        salt: str,
     ) -> None:
         self.id = id
         self.created_at = int(time.time())
@@ -78,14 +88,16 @@ class Generation:
         self._asks = asks
         self._choices_per_prompt = choices_per_prompt
         self._salt = salt
-        self._arrived: dict[Choice, list[TokenOutput]] = {}
-        self._wake = asyncio.Event()
-        self._readers: list[asyncio.Task[None]] = []
+        self._place = place
+        self._num_unfinished = len(asks)
+        self._arrived: dict[Choice, None] = {}
+        self._reader: asyncio.Future[None] | None = None
         self._last_arrival: dict[Choice, float] = {}
         self._outcome: Outcome | None = None
 
     async def __aenter__(self) -> Self:
         """Submit everything, or nothing. Raises ApiError (unknown model), QueueFull, EngineStopped."""
+        self._place.release()
         # The name is resolved in the same breath as the submission: no unload can come between them.
         self.target: Target = target_of(self._services, self._model)
         self._observer = self._services.metrics.start(self.target.adapter, self.target.mode)
@@ -96,7 +108,8 @@ class Generation:
         except BaseException as error:
             self._close("rejected" if isinstance(error, QueueFull | EngineStopped) else "error")
             raise
-        self._readers = [asyncio.create_task(self._read(choice)) for choice in self.choices]
+        for choice in self.choices:
+            choice.stream.listen(partial(self._notice, choice))
         return self
 
     async def __aexit__(
@@ -112,18 +125,24 @@ class Generation:
         return self
 
     async def __anext__(self) -> list[Piece]:
-        """What has arrived, at least one piece. Raises ApiError when one of the answers fails."""
-        if all(choice.finish_reason for choice in self.choices):
+        """What has arrived since the last time. Raises ApiError when one of the answers fails."""
+        if not self._num_unfinished:
             raise StopAsyncIteration
-        while not self._arrived:
-            self._wake.clear()
-            await self._wake.wait()
+        if not self._arrived:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         arrived, self._arrived = self._arrived, {}
         now = time.perf_counter()
         pieces = []
-        for choice, outputs in arrived.items():
-            self._observe(choice, sum(len(output.token_ids) for output in outputs), now)
-            pieces.append(choice.take(outputs))
+        for choice in arrived:
+            if choice.finish_reason is not None:
+                continue
+            arrivals = choice.stream.take()
+            self._observe(choice, arrivals, now)
+            piece = self._take(choice, arrivals)
+            pieces.append(piece)
+            if piece.finish_reason is not None:
+                self._num_unfinished -= 1
         return pieces
 
     async def collect(self) -> list[list[Piece]]:
@@ -190,12 +209,23 @@ class Generation:
             keep_output=ask.keep_output,
         )
 
-    async def _read(self, choice: Choice) -> None:
-        async for output in choice.stream:
-            self._arrived.setdefault(choice, []).append(output)
-            self._wake.set()
+    def _notice(self, choice: Choice) -> None:
+        """Something has arrived; the reader wakes once for all that did."""
+        self._arrived[choice] = None
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
-    def _observe(self, choice: Choice, num_tokens: int, now: float) -> None:
+    def _take(self, choice: Choice, arrivals: Sequence[Arrival]) -> Piece:
+        try:
+            return choice.take(arrivals)
+        except ApiError as error:
+            if error.code == "adapter_load_failed":
+                # Unloaded between its submission and its load: then there is no such model, and that is the answer.
+                target_of(self._services, self._model)
+            raise
+
+    def _observe(self, choice: Choice, arrivals: Sequence[Arrival], now: float) -> None:
+        num_tokens = sum([1 if isinstance(arrival, int) else len(arrival.token_ids) for arrival in arrivals])
         if not num_tokens:
             return
         before = self._last_arrival.get(choice)
@@ -210,8 +240,6 @@ class Generation:
         self._outcome = outcome
         for choice in self.choices:
             choice.stream.abort()
-        for reader in self._readers:
-            reader.cancel()
         usage = self.usage
         self._observer.on_finish(
             outcome,

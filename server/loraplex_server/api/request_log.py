@@ -2,7 +2,6 @@
 
 import re
 import time
-import traceback
 import uuid
 from typing import Any
 
@@ -11,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_server.errors import ApiError, error_response, to_api_error
+from loraplex_server.traces import where_of
 
 _log = structlog.get_logger("loraplex.http")
 
@@ -40,12 +40,6 @@ def note_failure(scope: Scope, error: Exception) -> None:
         note(scope, code=code)
     else:
         note(scope, exception=type(error).__name__, at=where_of(error))
-
-
-def where_of(error: BaseException) -> list[str]:
-    """The last places in the code that an exception went through."""
-    frames = traceback.extract_tb(error.__traceback__)[-8:]
-    return [f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 class RequestLog:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -12,6 +13,8 @@ from loraplex_server.api.connection import ClientGone, while_connected
 from loraplex_server.api.generation import Generation, Usage
 from loraplex_server.api.request_log import note, note_failure
 from loraplex_server.errors import to_api_error
+
+__all__ = ["DONE", "Chunks", "EventStream", "event", "quoted"]
 
 DONE = b"data: [DONE]\n\n"
 
@@ -55,27 +58,28 @@ class EventStream(Response):
             if not self._has_started:
                 raise
             note_failure(scope, error)
-            await self._send(send, event(to_api_error(error).body) + DONE, more=False)
+            await self._send_last(send, event(to_api_error(error).body))
         finally:
             if self._generation.outcome is not None:
                 note(scope, **self._generation.facts())
 
     async def _send_all(self, send: Send) -> None:
+        to_events = self._chunks.events
         async for pieces in self._generation:
-            events = self._chunks.events(pieces)
+            events = to_events(pieces)
             if not self._has_started:
                 await self._start(send)
             if events:
-                await self._send(send, events)
-        await self._send(send, self._chunks.last(self._generation.usage) + DONE, more=False)
+                await send({"type": "http.response.body", "body": events, "more_body": True})
+        await self._send_last(send, self._chunks.last(self._generation.usage))
 
     async def _start(self, send: Send) -> None:
         self.headers.update(self._generation.headers(self._encode_s))
         self._has_started = True
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
 
-    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": body, "more_body": more})
+    async def _send_last(self, send: Send, events: bytes) -> None:
+        await send({"type": "http.response.body", "body": events + DONE, "more_body": False})
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -72,6 +72,7 @@ def run(given: dict[str, Any]) -> None:
     # Read by torch when it first allocates: weights in large pages stream a sixth faster through a CPU.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from loraplex_adapters.errors import AdapterError
+    from loraplex_server.engine.host import EngineNotStarted
     from loraplex_server.logs import configure_logging
     from loraplex_server.memory_plan import TooLittleMemory
     from loraplex_server.model.errors import ModelError
@@ -80,7 +81,7 @@ def run(given: dict[str, Any]) -> None:
     configure_logging(config.log)
     try:
         serve(config, _progress())
-    except (StartError, EngineDied, ModelError, AdapterError, TooLittleMemory) as error:
+    except (StartError, EngineNotStarted, EngineDied, ModelError, AdapterError, TooLittleMemory) as error:
         complain(str(error))
         raise typer.Exit(EXIT_REFUSED) from None
 

@@ -1,9 +1,9 @@
-"""What crosses between the event loop and the engine: small frozen values that can be pickled.
+"""What crosses between the event loop and the engine: small frozen values.
 
 Ids, tokens and digests only; adapter weights travel by the store, never through the bridge.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -132,9 +132,15 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """Everything one step has to say, in one message. ``step_s`` 0 means that no forward pass ran."""
+    """Everything one step has to say, in one message. ``step_s`` 0 means that no forward pass ran.
+
+    ``plain_ids`` and ``plain_tokens``: requests that got one token and nothing else to be said, and those tokens. From a
+    process nearly all outputs come in this form, which costs a tenth to pack and to unpack; the engine makes none.
+    """
 
     outputs: tuple[TokenOutput, ...] = ()
+    plain_ids: Sequence[str] = ()
+    plain_tokens: Sequence[int] = ()
     done: tuple[Done, ...] = ()
     loads: tuple[AdapterLoad, ...] = ()
     step_s: float = 0.0
