@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from loraplex_adapters.base import BaseShape
+from loraplex_server.engine.adapter_states import AdapterStates
 from loraplex_server.engine.blocks import BlockPool
 from loraplex_server.engine.image_source import OpenAdapter
 from loraplex_server.engine.messages import (
     Abort,
-    AdapterState,
     Command,
     Done,
     EngineStats,
@@ -123,6 +123,7 @@ class Engine:
         self._tickets = _Tickets()
         self._outputs: list[TokenOutput] = []
         self._done: list[Done] = []
+        self._adapter_states = AdapterStates()
         self._states_at = float("-inf")
         self._num_submitted = 0
 
@@ -285,11 +286,6 @@ class Engine:
         scheduler, residency = self._scheduler, self._residency
         counts = {key: (running, waiting) for key, running, waiting in scheduler.counts()}
         base_running, base_waiting = counts.pop("", (0, 0))
-        states = {}
-        for digest in counts.keys() | set(residency.known()):
-            tier, num_bytes, pinned = residency.where(digest)
-            running, waiting = counts.get(digest, (0, 0))
-            states[digest] = AdapterState(tier, num_bytes, running, waiting, pinned)
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
@@ -303,7 +299,7 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
-            adapters=states,
+            adapters=self._adapter_states.now(residency, counts),
         )
 
 

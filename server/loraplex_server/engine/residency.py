@@ -238,9 +238,6 @@ class AdapterResidency:
     def num_copies_running(self) -> int:
         return sum(self._num_under_way.values())
 
-    def known(self) -> list[str]:
-        return list(self._entries)
-
     def take_changed(self) -> set[str]:
         """The adapters whose ``where`` may have another answer since the last call."""
         changed, self._changed = self._changed, set()

@@ -7,6 +7,7 @@ Source: the virtual token counter of "Fairness in Serving Large Language Models"
 adapter, with recompute-preemption when an adapter has waited long for a place.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +61,11 @@ class _Line:
     num_running: int = 0
     service: float = 0.0
 
+    @property
+    def turn(self) -> tuple[float, float]:
+        """The lower, the sooner its next request is admitted."""
+        return self.service, self.waiting[0].arrival_s
+
 
 class Scheduler:
     """Owns which sequences wait and run. Values in (``now_s``), a Plan out."""
@@ -88,7 +94,7 @@ class Scheduler:
         line.waiting.append(seq)
         self.num_waiting += 1
         if seq.request.adapter is not None:
-            self._residency.prefetch(seq.request.adapter)
+            self._residency.expect(seq.request.adapter)
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and give back what it holds."""
@@ -100,6 +106,8 @@ class Scheduler:
         elif seq.status is Status.WAITING:
             line.waiting.remove(seq)
             self.num_waiting -= 1
+            if seq.request.adapter is not None:
+                self._residency.dismiss(seq.request.adapter)
         seq.status = Status.FINISHED
         if not line.waiting and line.num_running == 0:
             del self._lines[seq.fairness_key]
@@ -168,6 +176,8 @@ class Scheduler:
         self.num_preemptions += 1
         self._lines[seq.fairness_key].waiting.appendleft(seq)
         self.num_waiting += 1
+        if seq.request.adapter is not None:
+            self._residency.expect(seq.request.adapter)
 
     def _give_back(self, seq: Sequence) -> None:
         self._blocks.release(seq)
@@ -180,28 +190,32 @@ class Scheduler:
     def _admit(self, chunks: dict[int, Chunk], budget: int, now_s: float) -> list[tuple[Sequence, Failure]]:
         failed: list[tuple[Sequence, Failure]] = []
         self._out_of_blocks = False
-        closed: set[str] = set()  # lines that cannot go on in this step
-        while budget > 0:
-            key = self._least_served(closed)
-            if key is None:
-                break
+        # By service received, then by who has waited longest. A line that cannot go on in this step leaves.
+        open_lines = [(*line.turn, key) for key, line in self._lines.items() if line.waiting]
+        heapq.heapify(open_lines)
+        while budget > 0 and open_lines:
+            key = open_lines[0][-1]
             line = self._lines[key]
             seq = line.waiting[0]
             waited_long = line.num_running == 0 and now_s - seq.arrival_s > self._limits.fair_wait_s
-            if len(self.running) >= self._limits.max_running and not (waited_long and self._yield_place(chunks)):
+            full = len(self.running) >= self._limits.max_running
+            if full and not waited_long:
                 break
             try:
-                admitted = self._hold_adapter(seq)
+                admitted = self._hold_adapter(seq, urgent=waited_long)
             except AdapterLoadError as error:
                 failed += [(waiting, error.failure) for waiting in line.waiting]
-                closed.add(key)
+                heapq.heappop(open_lines)
                 continue
             if not admitted:
-                closed.add(key)
-                if waited_long:
-                    # Its adapter finds no room: let adapters in use drain instead of refilling their places.
-                    closed |= self._lines.keys() - {""}
+                heapq.heappop(open_lines)
+                if waited_long and self._residency.lacks_room(key):
+                    # Let the adapters in use drain instead of refilling their places.
+                    open_lines = [entry for entry in open_lines if entry[-1] == ""]
                 continue
+            if full and not self._yield_place(chunks):
+                self._let_adapter_go(seq)
+                break
             self._blocks.attach_prefix(seq)
             length = min(seq.num_uncomputed, budget)
             if not self._blocks.grow(seq, seq.num_computed + length):
@@ -212,12 +226,11 @@ class Scheduler:
             self._start(seq, line, now_s)
             chunks[id(seq)] = Chunk(seq, seq.num_computed, length)
             budget -= length
+            if line.waiting:
+                heapq.heapreplace(open_lines, (*line.turn, key))
+            else:
+                heapq.heappop(open_lines)
         return failed
-
-    def _least_served(self, closed: set[str]) -> str | None:
-        open_lines = ((line.service, key) for key, line in self._lines.items() if line.waiting and key not in closed)
-        best = min(open_lines, default=None)
-        return best[1] if best else None
 
     def _yield_place(self, chunks: dict[int, Chunk]) -> bool:
         """Preempt the newest sequence of the adapter that runs most, if it runs more than one."""
@@ -230,11 +243,11 @@ class Scheduler:
         self._preempt(victim)
         return True
 
-    def _hold_adapter(self, seq: Sequence) -> bool:
+    def _hold_adapter(self, seq: Sequence, *, urgent: bool) -> bool:
         if seq.request.adapter is None:
             seq.slot = -1
             return True
-        slot = self._residency.acquire(seq.request.adapter)
+        slot = self._residency.acquire(seq.request.adapter, urgent=urgent)
         if slot is None:
             return False
         seq.slot = slot
@@ -248,6 +261,8 @@ class Scheduler:
     def _start(self, seq: Sequence, line: _Line, now_s: float) -> None:
         line.waiting.popleft()
         self.num_waiting -= 1
+        if seq.request.adapter is not None:
+            self._residency.dismiss(seq.request.adapter)
         line.num_running += 1
         self.running.append(seq)
         seq.status = Status.RUNNING
