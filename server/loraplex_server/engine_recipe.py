@@ -84,7 +84,7 @@ class PlannedBase:
         eos_ids = frozenset(decoder.spec.eos_token_ids)
         store = AdapterStore(self.data_dir)
         try:
-            engine = Engine(decoder, decoder.base_shape, store.open, limits, eos_ids, wake=wake)
+            engine = Engine(decoder, decoder.base_shape, store.locate, limits, eos_ids, wake=wake)
         except torch.OutOfMemoryError as error:
             raise _too_large("the KV cache and the adapters' memory do not fit beside the base", error) from error
         _log.info(

@@ -83,7 +83,7 @@ def live_services(
     )
 
     def build(wake: Any) -> Engine:
-        return Engine(decoder, decoder.base_shape, store.open, limits, frozenset(), wake=wake)
+        return Engine(decoder, decoder.base_shape, store.locate, limits, frozenset(), wake=wake)
 
     host = EngineThread(Given(build))
     host.load()

@@ -42,9 +42,12 @@ class GroupPlace:
     parts: tuple[PartPlace, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AdapterLayout:
-    """Where everything lies in an adapter's image. ``num_elements`` is the image's length; ``padded`` if some rank is."""
+    """Where everything lies in an adapter's image. ``num_elements`` is the image's length; ``padded`` if some rank is.
+
+    Shared by adapters that are alike, and compared by identity.
+    """
 
     groups: Mapping[tuple[int, str], GroupPlace]
     num_elements: int
