@@ -1,8 +1,9 @@
-"""Adapters as the decode rows' kernels find them: device tables of where each slot's factors lie, and of which rows use
+"""Adapters as the kernels find them: device tables of where each slot's factors lie, and of which rows use
 which slot."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterLayout, GroupPlace
 from loraplex_server.kernels.lora import LoraWorkspace, lora_rows
 from loraplex_server.kernels.lora_rows_ref import TABLE_COLUMNS, RowGroups, group_rows
+from loraplex_server.kernels.lora_segments import GroupFactors
 from loraplex_server.kernels.nf4_lora import FusedLoraWorkspace, can_fuse, nf4_lora_linear
 from loraplex_server.model.adapters import GROUPS
 from loraplex_server.model.fused import Multiply
@@ -18,9 +20,16 @@ from loraplex_server.model.linear import GroupLinear, Nf4Linear
 
 # Resident adapters that the tables have room for, and ranks of one group; others are served through the plain path.
 MAX_SLOTS: Final = 1024
-_RANK_CAPACITY: Final = 2048
+RANK_CAPACITY: Final = 2048
 
 _GROUP_INDEX: Final = {group: index for index, group in enumerate(GROUPS)}
+
+
+class _Columns(NamedTuple):
+    """A layout's part of the table: offsets from the adapter's first element, and where that is to be added."""
+
+    relative: Tensor
+    is_start: Tensor
 
 
 class DeviceAdapters:
@@ -37,9 +46,10 @@ class DeviceAdapters:
             (MAX_SLOTS, base.num_layers, len(GROUPS), TABLE_COLUMNS), dtype=torch.int64, device=device
         )
         self._part_sizes = {group: tuple(base.linears[m][0] for m in members) for group, members in GROUPS.items()}
-        self._workspace = LoraWorkspace.allocate(max_rows=max_rows, rank_capacity=_RANK_CAPACITY, device=device)
-        self._fused = FusedLoraWorkspace.allocate(rank_capacity=_RANK_CAPACITY, device=device)
-        self._fits: set[int] = set()
+        self._workspace = LoraWorkspace.allocate(max_rows=max_rows, rank_capacity=RANK_CAPACITY, device=device)
+        self._fused = FusedLoraWorkspace.allocate(rank_capacity=RANK_CAPACITY, device=device)
+        self._most_ranks: dict[int, int] = {}
+        self._columns: WeakKeyDictionary[AdapterLayout, _Columns] = WeakKeyDictionary()
 
         def rows(size: int) -> Tensor:
             return torch.full((size,), -1, dtype=torch.int32, device=device)
@@ -50,32 +60,54 @@ class DeviceAdapters:
 
     def place(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """The adapter in ``slot`` lies at ``start`` (elements) of the arena from now on."""
-        self._fits.discard(slot)
-        if slot >= MAX_SLOTS or max(place.rank for place in layout.groups.values()) > _RANK_CAPACITY:
+        self._most_ranks.pop(slot, None)
+        most_ranks = max(place.rank for place in layout.groups.values())
+        if slot >= MAX_SLOTS or most_ranks > RANK_CAPACITY:
             return
-        entries = torch.zeros(self._table.shape[1:], dtype=torch.int64)
-        for (layer, group), place in layout.groups.items():
-            entries[layer, _GROUP_INDEX[group], : 2 + len(GROUPS[group])] = self._entry(start, group, place)
-        self._table[slot].copy_(entries)
-        self._fits.add(slot)
+        columns = self._columns_of(layout)
+        # From pinned memory in the stream's order: the step that is under way is not waited for.
+        entries = columns.relative + columns.is_start * start
+        staged = entries.pin_memory() if self._table.is_cuda else entries
+        self._table[slot].copy_(staged, non_blocking=True)
+        self._most_ranks[slot] = most_ranks
 
     def forget(self, slot: int) -> None:
         """Nobody is in ``slot``: rows that still name it get nothing added."""
-        if slot in self._fits:
-            self._fits.discard(slot)
+        if self._most_ranks.pop(slot, None) is not None:
             self._table[slot].zero_()
 
     def fits(self, slot: int) -> bool:
         """Whether rows may use this slot."""
-        return slot in self._fits
+        return slot in self._most_ranks
 
-    def _entry(self, start: int, group: str, place: GroupPlace) -> Tensor:
+    def most_ranks(self, slot: int) -> int:
+        """Ranks of the widest group of linears of the adapter in this slot, all its linears together."""
+        return self._most_ranks[slot]
+
+    def factors(self, layer: int, group: str) -> GroupFactors:
+        """Where the kernels find every slot's factors for one group at one layer."""
+        return GroupFactors(self._arena, self._table[:, layer, _GROUP_INDEX[group]], self._part_sizes[group])
+
+    def _columns_of(self, layout: AdapterLayout) -> "_Columns":
+        """Worked out once for all adapters of one layout."""
+        found = self._columns.get(layout)
+        if found is None:
+            relative = torch.zeros(self._table.shape[1:], dtype=torch.int64)
+            is_start = torch.zeros_like(relative)
+            for (layer, group), place in layout.groups.items():
+                index = _GROUP_INDEX[group]
+                relative[layer, index, : 2 + len(GROUPS[group])] = self._entry(group, place)
+                is_start[layer, index, 0] = 1
+            found = self._columns[layout] = _Columns(relative, is_start)
+        return found
+
+    def _entry(self, group: str, place: GroupPlace) -> Tensor:
         ranks, column = [], 0
         by_column = {part.col_start: part.rank for part in place.parts}
         for size in self._part_sizes[group]:
             ranks.append(by_column.get(column, 0))
             column += size
-        return torch.tensor([start + place.offset, place.rank, *ranks])
+        return torch.tensor([place.offset, place.rank, *ranks])
 
     # --- which rows use them ----------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ from loraplex_server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from loraplex_server.engine.decode_path import DecodePath
-    from loraplex_server.model.fused_prefill import FusedPrefill
+    from loraplex_server.engine.prompt_path import PromptPath
 
 # How often the state of every adapter is reported while nothing forces it, in seconds.
 _ADAPTER_STATES_EVERY_S = 0.05
@@ -305,14 +305,14 @@ class Engine:
 
 def build_decode_path(
     decoder: Decoder, kv: KVCache, residency: AdapterResidency, limits: EngineLimits
-) -> tuple[DecodePath | None, FusedPrefill | None]:
-    """The decode rows and the fused forward pass of prompts, where the device and its kernels allow them."""
+) -> tuple[DecodePath | None, PromptPath | None]:
+    """The rows that decode and the path of prompts, where the device and its kernels allow them."""
     if decoder.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None, None
     from loraplex_server.engine.decode_path import DecodePath
     from loraplex_server.engine.device_adapters import DeviceAdapters
+    from loraplex_server.engine.prompt_path import PromptPath
     from loraplex_server.model.fused import FusedForward
-    from loraplex_server.model.fused_prefill import FusedPrefill
 
     adapters = DeviceAdapters(decoder.base_shape, residency.arena, max_rows=limits.max_running)
     residency.tables = adapters
@@ -327,4 +327,4 @@ def build_decode_path(
         adapters=adapters,
     )
     path.capture_all()
-    return path, FusedPrefill(decoder, kv)
+    return path, PromptPath(decoder, kv, adapters, residency, max_tokens=limits.max_batched_tokens)

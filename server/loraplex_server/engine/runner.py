@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,12 +18,12 @@ from loraplex_server.engine.sampler import Drawn, Sampled, Sampler, logprobs, to
 from loraplex_server.engine.scheduler import Chunk, Plan
 from loraplex_server.engine.sequence import Sequence, TokenLogprob
 from loraplex_server.model.adapters import AdapterLookup
-from loraplex_server.model.batch import Batch, Segment
+from loraplex_server.model.batch import Batch, Segment, send
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from loraplex_server.model.fused_prefill import FusedPrefill
+    from loraplex_server.engine.prompt_path import PromptPath
 
 # Rows of logits held at once while prompt log-probabilities are computed; bounds memory at large vocabularies.
 _PROMPT_LOGIT_ROWS = 256
@@ -56,9 +58,9 @@ class Runner:
         kv: KVCache,
         adapters: AdapterLookup,
         sampler: Sampler,
-        fused: FusedPrefill | None = None,
+        prompts: PromptPath | None = None,
     ) -> None:
-        self._fused = fused
+        self._prompts = prompts
         self._decoder = decoder
         self._kv = kv
         self._adapters = adapters
@@ -68,8 +70,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         batch = build_batch(plan, self._kv.block_size, self._device)
-        if self._fused is not None:
-            hidden = self._fused.forward(batch, self._adapters)
+        if self._prompts is not None:
+            hidden = self._prompts.run(batch)
         else:
             hidden = self._decoder.forward(batch, self._kv, self._adapters)
         seqs = tuple(chunk.seq for chunk in plan.chunks if chunk.samples)
@@ -106,38 +108,32 @@ class Runner:
 
 def build_batch(plan: Plan, block_size: int, device: torch.device) -> Batch:
     """Flatten a plan's chunks into the tensors of one forward pass."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    kv_slots: list[int] = []
-    query_starts = [0]
-    logit_rows = []
-    adapters: list[int] = []
-    for chunk in plan.chunks:
-        seq, stop = chunk.seq, chunk.start + chunk.length
-        token_ids += seq.tokens[chunk.start : stop]
-        positions += range(chunk.start, stop)
-        blocks = seq.block_ids
-        kv_slots += [blocks[p // block_size] * block_size + p % block_size for p in range(chunk.start, stop)]
-        adapters += [seq.slot] * chunk.length
-        query_starts.append(len(token_ids))
-        if chunk.samples:
-            logit_rows.append(len(token_ids) - 1)
+    lengths = np.array([chunk.length for chunk in plan.chunks])
     kv_lens = [chunk.start + chunk.length for chunk in plan.chunks]
-    tables = [chunk.seq.block_ids[: -(-n // block_size)] for chunk, n in zip(plan.chunks, kv_lens, strict=True)]
-    width = max(map(len, tables))
+    tables = np.zeros((len(plan.chunks), max(-(-n // block_size) for n in kv_lens)), np.int32)
+    token_ids, positions, kv_slots = [], [], []
+    for table, chunk, stop in zip(tables, plan.chunks, kv_lens, strict=True):
+        blocks = chunk.seq.block_ids[: -(-stop // block_size)]
+        table[: len(blocks)] = blocks
+        position = np.arange(chunk.start, stop)
+        token_ids.append(np.array(chunk.seq.tokens[chunk.start : stop], np.int64))
+        positions.append(position)
+        kv_slots.append(table[position // block_size].astype(np.int64) * block_size + position % block_size)
+    query_starts = np.concatenate(([0], lengths.cumsum()))
+    samples = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
 
-    def put(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+    def put(values: npt.ArrayLike, dtype: npt.DTypeLike) -> Tensor:
+        return send(torch.from_numpy(np.asarray(values, dtype)), device)
 
     return Batch(
-        token_ids=put(token_ids, torch.int64),
-        positions=put(positions, torch.int64),
-        kv_slots=put(kv_slots, torch.int64),
-        query_starts=put(query_starts, torch.int32),
-        kv_lens=put(kv_lens, torch.int32),
-        block_tables=put([table + [0] * (width - len(table)) for table in tables], torch.int32),
-        token_adapters=put(adapters, torch.int32),
-        logit_rows=put(logit_rows, torch.int64),
+        token_ids=put(np.concatenate(token_ids), np.int64),
+        positions=put(np.concatenate(positions), np.int64),
+        kv_slots=put(np.concatenate(kv_slots), np.int64),
+        query_starts=put(query_starts, np.int32),
+        kv_lens=put(kv_lens, np.int32),
+        block_tables=put(tables, np.int32),
+        token_adapters=put(np.repeat([chunk.seq.slot for chunk in plan.chunks], lengths), np.int32),
+        logit_rows=put(query_starts[1:][samples] - 1, np.int64),
         query_lens=tuple(chunk.length for chunk in plan.chunks),
         prefix_and_query_lens=tuple(kv_lens),
         segments=tuple(_segments(plan.chunks)),

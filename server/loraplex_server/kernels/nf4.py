@@ -1,7 +1,7 @@
 """The seam through which the model multiplies by NF4 matrices.
 
-``repack`` once at load, ``nf4_linear`` at every step. Up to 64 rows go through one fused kernel; more rows make panels
-of the matrix dense and multiply with cuBLAS; the CPU runs the definition. ``Nf4Gemm`` chooses once for a matrix, and
+``repack`` once at load, ``nf4_linear`` at every step. Up to 64 rows go through one fused kernel; more rows make the
+matrix dense and multiply with cuBLAS; the CPU runs the definition. ``Nf4Gemm`` chooses once for a matrix, and
 keeps bitsandbytes' form where the fused kernels cannot run.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loraplex_server.kernels import nf4_cuda
 from loraplex_server.kernels.nf4_config import MAX_ROWS
+from loraplex_server.kernels.nf4_dense import gemm_dense
 from loraplex_server.kernels.nf4_layout import RepackedNf4, repack
 from loraplex_server.kernels.nf4_ref import nf4_linear_ref
 from loraplex_server.kernels.nf4_weight import Nf4FormatError, Nf4Weight
@@ -47,7 +48,7 @@ def nf4_linear(
     if x.shape[0] <= MAX_ROWS and out.is_contiguous():
         nf4_cuda.gemm(x, weight, out, bias, dependent=dependent)
     else:
-        nf4_cuda.gemm_dense(x, weight, out, bias)
+        gemm_dense(x, weight, out, bias)
     return out
 
 

@@ -6,6 +6,7 @@ are wanted, M blocks in the longest block table.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -53,3 +54,11 @@ class Batch:
     @property
     def num_sequences(self) -> int:
         return len(self.query_lens)
+
+
+def send(host: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``, copied in the stream's order.
+
+    Out of pinned memory, so that the host waits for nothing that still runs on the device.
+    """
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

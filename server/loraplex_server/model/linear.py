@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -20,8 +21,8 @@ _FEW_ROWS: Final = 32
 class GroupLinear(Protocol):
     """The weights of one fused group, applied as one linear."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x @ W.T + bias``. Shapes: x [T, K] -> [T, N], the group's parts side by side."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias``. Shapes: x [T, K], out [T, N] contiguous -> [T, N], the group's parts side by side."""
         ...
 
     def buffers(self) -> Iterator[Tensor]:
@@ -45,9 +46,15 @@ class DenseLinear:
         self.weight = block(weight) if self._blocked else weight
         self._bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        multiply = blocked_linear if self._blocked else linear
-        return multiply(x, self.weight, self._bias)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._blocked:
+            found = blocked_linear(x, self.weight, self._bias)
+            return found if out is None else out.copy_(found)
+        if out is None:
+            return linear(x, self.weight, self._bias)
+        if self._bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self._bias, x, self.weight.t(), out=out)
 
     @property
     def num_bytes(self) -> int:
@@ -66,8 +73,8 @@ class Nf4Linear:
         self._gemm = gemm
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._gemm(x, bias=self.bias)
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._gemm(x, out, bias=self.bias)
 
     @property
     def repacked(self) -> RepackedNf4 | None:
