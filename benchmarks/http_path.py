@@ -34,6 +34,7 @@ from loraplex_server.auth import Keys
 from loraplex_server.bench.checkpoint import write_config
 from loraplex_server.bench.record import circumstances, write_csv
 from loraplex_server.bench.shapes import SHAPES
+from loraplex_server.collector import spare_what_is_there
 from loraplex_server.demo import DEMO_MODEL
 from loraplex_server.engine.host import EngineHost
 from loraplex_server.engine.process import EngineProcess
@@ -200,6 +201,7 @@ def _parts(case: Case, folder: Path) -> tuple[Tokenizer, EngineHost]:
 def _obey(commands: Connection, server: uvicorn.Server, alone: Path) -> None:
     while not server.started:
         time.sleep(0.01)
+    spare_what_is_there()
     port = server.servers[0].sockets[0].getsockname()[1]
     commands.send((port, json.loads(alone.read_text()) if alone.exists() else []))
     while (command := commands.recv()) != "stop":

@@ -21,6 +21,7 @@ from loraplex_adapters.sources import AdapterSources
 from loraplex_adapters.store import AdapterStore
 from loraplex_server.app import create_app
 from loraplex_server.auth import Access, Keys, is_loopback
+from loraplex_server.collector import spare_what_is_there
 from loraplex_server.engine.host import Progress
 from loraplex_server.engine.messages import Command, Pin, Warm
 from loraplex_server.engine.process import EngineProcess
@@ -122,6 +123,7 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)  # type: ignore[arg-type]
+        spare_what_is_there()
         for server in self.servers:
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]

@@ -60,7 +60,7 @@ class Services:
     limits: HttpLimits = field(default_factory=HttpLimits)
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
     """The services of the app that a request came to."""
     services: Services = request.app.state.services
     return services
@@ -70,7 +70,7 @@ Uses = Annotated[Services, Depends(services_of)]
 """An endpoint's parameter: ``services: Uses``."""
 
 
-def template_time_of(request: Request) -> TimeLimit:
+async def template_time_of(request: Request) -> TimeLimit:
     """The time that the app's chat template may take."""
     limit: TimeLimit = request.app.state.template_time
     return limit

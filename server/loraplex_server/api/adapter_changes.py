@@ -89,7 +89,7 @@ async def _warm(services: Services, digest: str) -> int:
     return 0
 
 
-def _changes_of(request: Request) -> AdapterChanges:
+async def _changes_of(request: Request) -> AdapterChanges:
     changes: AdapterChanges = request.app.state.adapter_changes
     return changes
 

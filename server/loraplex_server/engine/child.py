@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable
 from typing import cast
 
+from loraplex_server.collector import spare_what_is_there
 from loraplex_server.engine.host import EngineDeath, EngineRecipe, run_engine
 from loraplex_server.engine.messages import Command, StepReport
 from loraplex_server.engine.wire import Ended, Frames, Loaded, Loading, NotStarted, ReportPacker, Started, pack
@@ -137,6 +138,7 @@ def serve_engine(link: SocketLink) -> int:
         loaded = recipe.load(link.progress)
         link.say(Loaded(loaded.facts))
         engine = loaded.build(link.wake)
+        spare_what_is_there()
         link.say(Started())
     except BaseException as error:
         link.say(NotStarted.of(error))
