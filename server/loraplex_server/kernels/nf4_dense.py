@@ -13,21 +13,17 @@ from torch import Tensor
 from loraplex_server.kernels import nvrtc
 from loraplex_server.kernels.nf4_layout import RepackedNf4
 
-_TYPES: Final = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int, ctypes.c_int)
-# Up to this many rows a matrix is made dense in panels that stay in the L2 cache; beyond, whole.
-_FEW_ROWS: Final = 1024
-_PANEL_VALUES: Final = 16 * 1024 * 1024
-
+_TYPES: Final = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int)
 _scratch: dict[int, Tensor] = {}
 
 
-def dequantize(weight: RepackedNf4, first_row: int, out: Tensor) -> None:
-    """Rows ``first_row`` (a multiple of 64) and on, dense. Shape: out [rows, K], contiguous."""
+def dequantize(weight: RepackedNf4, out: Tensor) -> None:
+    """The stacked matrix, dense. Shape: out [N, K], contiguous, bfloat16 or float16."""
     half = out.dtype == torch.float16
     kernel = nvrtc.load("nf4_dequantize.cu", "nf4_dequantize", _TYPES, defines={"HALF": int(half)}, block=256)
     rows, k_blocks = out.shape[0], weight.num_k_blocks
     grid = -(-(-(-rows // 16) * k_blocks) // 8)
-    kernel.launch(grid, [weight.data.data_ptr(), out.data_ptr(), weight.gain, first_row, rows, k_blocks])
+    kernel.launch(grid, [weight.data.data_ptr(), out.data_ptr(), weight.gain, rows, k_blocks])
 
 
 def gemm_dense(x: Tensor, weight: RepackedNf4, out: Tensor, bias: Tensor | None) -> None:
@@ -36,22 +32,16 @@ def gemm_dense(x: Tensor, weight: RepackedNf4, out: Tensor, bias: Tensor | None)
     Which of its kernels cuBLAS takes, and so the last bits of a row, depends on the number of rows.
     Shapes: x [T, K] and out [T, N], rows contiguous, both bfloat16 or both float16; bias [N] in the same dtype.
     """
-    num_out, num_in = weight.num_out, weight.num_in
-    panel = num_out
-    if x.shape[0] <= _FEW_ROWS and num_out > num_in:
-        panel = max(64, _PANEL_VALUES // num_in // 64 * 64)
-    for first in range(0, num_out, panel):
-        rows = min(panel, num_out - first)
-        dense = _dense(rows * num_in, x).view(rows, num_in)
-        dequantize(weight, first, dense)
-        part = out[:, first : first + rows]
-        if bias is None:
-            torch.mm(x, dense.T, out=part)
-        else:
-            torch.addmm(bias[first : first + rows], x, dense.T, out=part)
+    shape = (weight.num_out, weight.num_in)
+    dense = _room(shape[0] * shape[1], x).view(shape)
+    dequantize(weight, dense)
+    if bias is None:
+        torch.mm(x, dense.T, out=out)
+    else:
+        torch.addmm(bias, x, dense.T, out=out)
 
 
-def _dense(num_values: int, like: Tensor) -> Tensor:
+def _room(num_values: int, like: Tensor) -> Tensor:
     """Where the next dense matrix goes: one place a device, used again by every launch that a stream orders.
 
     A CUDA graph gets its own, because this one may be replaced by a larger one.

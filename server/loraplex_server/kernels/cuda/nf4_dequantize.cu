@@ -4,8 +4,7 @@
 constexpr int WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    nf4_dequantize(const u8 *__restrict__ weight, u16 *__restrict__ out, float gain, int first_row, int num_rows,
-                   int num_k_blocks) {
+    nf4_dequantize(const u8 *__restrict__ weight, u16 *__restrict__ out, float gain, int num_rows, int num_k_blocks) {
   __shared__ float table[16];
   __shared__ __align__(16) u32 tiles[WARPS][16 * 36];  // rows padded by 16 bytes
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -14,10 +13,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   const long long tile = (long long)blockIdx.x * WARPS + warp;  // [row tile][k block]
   const int k = (int)(tile % num_k_blocks), row_tile = (int)(tile / num_k_blocks);
   if (row_tile * 16 >= num_rows) return;
-  const int global_tile = first_row / 16 + row_tile;
-  const u8 *unit = weight + ((size_t)(global_tile / 4) * num_k_blocks + k) * UNIT_BYTES;
-  const uint4 codes = load_stream16(unit + (global_tile % 4) * 512 + lane * 16);
-  const float2 scale = half2_to_float2(load_stream4(unit + UNIT_CODES + g * 16 + (global_tile % 4) * 4));
+  const u8 *unit = weight + ((size_t)(row_tile / 4) * num_k_blocks + k) * UNIT_BYTES;
+  const uint4 codes = load_stream16(unit + (row_tile % 4) * 512 + lane * 16);
+  const float2 scale = half2_to_float2(load_stream4(unit + UNIT_CODES + g * 16 + (row_tile % 4) * 4));
   u32 *mine = tiles[warp];
 #pragma unroll
   for (int q = 0; q < 4; q++) {
