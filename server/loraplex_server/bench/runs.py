@@ -1,4 +1,4 @@
-"""Runs of ``decode`` and ``prefill``: load the base, measure ours, then the peers, and write what came out."""
+"""Runs of ``decode``, ``prefill`` and ``adapters``: load the base, measure ours, then the peers, and write what came out."""
 
 import gc
 import tempfile
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from loraplex_server.bench import decode, peers, plot, prefill
+from loraplex_server.bench import adapters, decode, peers, plot, prefill
+from loraplex_server.bench.adapters import AdaptersPlan
+from loraplex_server.bench.adapters_plot import adapters_plot
 from loraplex_server.bench.cases import Case, spread_ranks
 from loraplex_server.bench.decode import DecodePlan
 from loraplex_server.bench.output import Column, Output
@@ -43,6 +45,23 @@ _PREFILL = (
     Column("ours is faster by", "ratio"),
 )
 
+_ADAPTERS = (
+    Column("engine", "engine"),
+    Column("what", "what"),
+    Column("rank", "rank"),
+    Column("MB", "mb", 0),
+    Column("registered", "registered"),
+    Column("count", "count"),
+    Column("p50 ms", "ms_p50"),
+    Column("p95", "ms_p95"),
+    Column("p99", "ms_p99"),
+    Column("max", "ms_max"),
+    Column("loads", "loads"),
+    Column("from disk", "loads_from_disk"),
+    Column("requests/s", "requests_per_s"),
+    Column("of the first", "ratio", 3),
+)
+
 
 def run_decode(choice: BaseChoice, plan: DecodePlan, peer_names: Sequence[str], out: Path) -> Output:
     """``decode_SHAPE.csv`` and ``.png`` in ``out``."""
@@ -69,6 +88,22 @@ def run_prefill(choice: BaseChoice, plan: PrefillPlan, peer_names: Sequence[str]
         size = _peer_size(choice, plan.ranks, plan.cases, max(plan.lengths) + 1, Path(scratch))
         peers.measure_prefill(peer_names, size, plan, ours, output.add, output.note)
     output.finish(plot.prefill_plot)
+    return output
+
+
+def run_adapters(choice: BaseChoice, plan: AdaptersPlan, out: Path) -> Output:
+    """``adapters_SHAPE.csv`` and ``.png`` in ``out``."""
+    output = Output(out, f"adapters_{choice.shape}", _ADAPTERS)
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
+        base = _load(choice, Path(scratch), output)
+        most = max(plan.registered, default=0)
+        if most > plan.num_files:
+            output.note(
+                f"{most} adapters come from {plan.num_files} files: each has memory of its own on the device and on the "
+                "host, but reading one may find its file in the page cache because of another"
+            )
+        adapters.measure(base, plan, output.add)
+    output.finish(adapters_plot)
     return output
 
 
