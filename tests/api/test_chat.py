@@ -1,13 +1,15 @@
 """Chat completions through the official client, on a real socket."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from loraplex_server.engine.messages import TokenOutput
+from loraplex_server.engine.sequence import Request
 from tests.api.scripted import fail, say
 from tests.api.servers import Server, scripted_services, serve
 
@@ -266,6 +268,18 @@ def test_a_failure_before_the_first_token_has_a_status(server: Server, code: str
     assert caught.value.status_code == status
     assert isinstance(caught.value.body, dict)
     assert caught.value.body["code"] == ("context_length_exceeded" if code == "context_too_long" else code)
+
+
+def test_an_adapter_unloaded_before_it_was_loaded_is_no_model_any_more(server: Server) -> None:
+    server.services.registry.publish("brief", "b1" * 32)
+
+    def unload_then_fail(request: Request) -> Iterable[TokenOutput | float]:
+        server.services.registry.retire("brief")
+        return fail("adapter_load_failed")(request)
+
+    server.worker.script = unload_then_fail
+    with pytest.raises(openai.NotFoundError, match="`brief` does not exist"):
+        server.openai().chat.completions.create(model="brief", messages=ASK)
 
 
 def test_a_failure_in_mid_stream_is_an_event(server: Server) -> None:

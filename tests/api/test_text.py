@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex_server.detokenizer import ByteDetokenizer, IncrementalDetokenizer
 from loraplex_server.stop_strings import StopStrings
 from loraplex_server.tokenizer import Tokenizer
 from tests.models import make_tokenizer
@@ -62,13 +63,21 @@ def test_any_split_of_a_texts_tokens_joins_to_the_text(make: Any, text: str, cut
     assert "".join(pieces) + detokenizer.flush() == text
 
 
+@pytest.mark.parametrize("general", [False, True], ids=["bytes", "any vocabulary"])
 @given(ids=st.lists(st.integers(0, 399), max_size=60))
 @settings(max_examples=300, deadline=None)
-def test_any_tokens_join_to_their_decoding(ids: list[int]) -> None:
-    tokenizer = Tokenizer(byte_level())
-    detokenizer = tokenizer.detokenizer()
-    pieces = [detokenizer.push([token_id]) for token_id in ids]
-    assert "".join(pieces) + detokenizer.flush() == byte_level().backend_tokenizer.decode(ids)
+def test_any_tokens_join_to_their_decoding(general: bool, ids: list[int]) -> None:
+    backend = byte_level().backend_tokenizer
+    detokenizer = Tokenizer(byte_level()).detokenizer()
+    assert isinstance(detokenizer, ByteDetokenizer)
+    if general:
+        detokenizer = IncrementalDetokenizer(backend.decode, frozenset(byte_level().all_special_ids))
+    pieces = [detokenizer.push_token(token_id) for token_id in ids]
+    assert "".join(pieces) + detokenizer.flush() == backend.decode(ids)
+
+
+def test_a_decoder_that_does_more_than_join_bytes_is_asked_for_every_text() -> None:
+    assert isinstance(Tokenizer(sentencepiece()).detokenizer(), IncrementalDetokenizer)
 
 
 def test_nothing_certain_is_held_back() -> None:

@@ -1,13 +1,15 @@
 """A server whose engine has failed as a whole ends, so that whoever watches over it starts it again."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving import clean_env
+from tests.e2e.serving import ANSWERS, clean_env, events, long_body, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -62,3 +64,35 @@ def test_an_engine_that_dies_answers_its_requests_says_so_and_ends_the_process(t
     assert done.stderr.strip().endswith(
         "error: the engine failed and cannot go on; the log says where. Start the server again"
     )
+
+
+def test_an_engines_process_that_is_killed_ends_the_server_too(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--engine-process", "on") as server:
+        assert server.answer("pirate") == ANSWERS["pirate"]
+        (engine,) = children_of(server.process.pid)
+        with server.user.stream("POST", "/v1/chat/completions", json=long_body(stream=True)) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            os.kill(engine, signal.SIGKILL)
+            assert "killed by signal 9" in "".join(lines)
+        assert server.wait() == 1
+        death = next(line for line in server.log() if line.get("event") == "the engine died")
+        assert death["exception"] == "EngineProcessEnded"
+
+
+def test_a_terminals_interrupt_drains_with_the_engine_in_its_process(tmp_path: Path) -> None:
+    with serving(tmp_path / "data", "--engine-process", "on") as server:
+        (engine,) = children_of(server.process.pid)
+        with server.user.stream("POST", "/v1/chat/completions", json=long_body(num_tokens=100, stream=True)) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            for pid in (engine, server.process.pid):
+                os.kill(pid, signal.SIGINT)
+            streamed = events([line for line in lines if line])
+        assert streamed[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.wait() == 0
+        assert not Path(f"/proc/{engine}").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

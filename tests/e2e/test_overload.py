@@ -62,8 +62,7 @@ async def test_a_burst_of_ten_times_the_places_is_refused_at_once(small: ServerP
         assert sum(answer.status_code == 200 for answer in answers) >= MAX_RUNNING
     refused_ms = sorted(line["ms"] for line in small.log() if line.get("status") == 429)
     assert len(refused_ms) >= 20 + burst / 2
-    # The median: on two cores the client that makes the burst, the engine and the server take turns.
-    assert refused_ms[len(refused_ms) // 2] < REFUSED_WITHIN_S * 1000
+    assert refused_ms[int(len(refused_ms) * 0.9)] < REFUSED_WITHIN_S * 1000
     assert refused_ms[-1] < 10 * REFUSED_WITHIN_S * 1000
     small.until("vllm:num_requests_running", 0)
     small.until("vllm:num_requests_waiting", 0)

@@ -1,6 +1,5 @@
 """Chat completions."""
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from loraplex_server.api.logprobs import chat_logprobs
 from loraplex_server.api.prompt import encode_chat, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
-from loraplex_server.api.sse import EventStream, quoted
+from loraplex_server.api.sse import EventStream, compact, quoted
 from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
 from loraplex_server.engine.worker import Place
@@ -118,7 +117,7 @@ class ChatChunks:
         self._begun: set[int] = set()
 
     def open(self, generation: Generation) -> None:
-        head = json.dumps(_head(generation, "chat.completion.chunk"), separators=(",", ":"))
+        head = compact(_head(generation, "chat.completion.chunk"))
         self._head = f"data: {head[:-1]}"
         self._tail = '}],"usage":null}\n\n' if self._usage else "}]}\n\n"
         self._before = [f'{self._head},"choices":[{{"index":{choice.index},"delta":' for choice in generation.choices]
@@ -147,7 +146,7 @@ class ChatChunks:
     def last(self, usage: Usage) -> bytes:
         if not self._usage:
             return b""
-        return f'{self._head},"choices":[],"usage":{json.dumps(usage.body())}}}\n\n'.encode()
+        return f'{self._head},"choices":[],"usage":{compact(usage.body())}}}\n\n'.encode()
 
     def _scores(self, piece: Piece) -> str:
-        return json.dumps(chat_logprobs(self._tokenizer, piece.scored)) if self._logprobs else "null"
+        return compact(chat_logprobs(self._tokenizer, piece.scored)) if self._logprobs else "null"

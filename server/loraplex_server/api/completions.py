@@ -1,6 +1,5 @@
 """Text completions: one or several prompts, as text or token ids, echoed and scored on request."""
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from loraplex_server.api.logprobs import CompletionLogprobs
 from loraplex_server.api.prompt import check_ids, encode_text, output_limit
 from loraplex_server.api.request_log import note
 from loraplex_server.api.sampling import for_choice, sampling_of
-from loraplex_server.api.sse import EventStream, quoted
+from loraplex_server.api.sse import EventStream, compact, quoted
 from loraplex_server.api.target import check_adapter_fields
 from loraplex_server.auth import Access, access
 from loraplex_server.errors import ApiError
@@ -132,7 +131,7 @@ class CompletionAnswers:
 
     def open(self, generation: Generation) -> None:
         self._choices = generation.choices
-        head = json.dumps(_head(generation), separators=(",", ":"))
+        head = compact(_head(generation))
         self._head = f"data: {head[:-1]}"
         self._tail = '}],"usage":null}\n\n' if self._usage else "}]}\n\n"
 
@@ -155,7 +154,7 @@ class CompletionAnswers:
     def last(self, usage: Usage) -> bytes:
         if not self._usage:
             return b""
-        return f'{self._head},"choices":[],"usage":{json.dumps(usage.body())}}}\n\n'.encode()
+        return f'{self._head},"choices":[],"usage":{compact(usage.body())}}}\n\n'.encode()
 
     def _event(self, piece: Piece) -> str:
         text = ""
@@ -166,8 +165,8 @@ class CompletionAnswers:
         tokens += [self._moved(piece.index, token) for token in piece.scored]
         if not text and not tokens and piece.finish_reason is None:
             return ""
-        scores = json.dumps(self._logprobs.body(tokens)) if self._logprobs else "null"
-        reason = json.dumps(piece.finish_reason)
+        scores = compact(self._logprobs.body(tokens)) if self._logprobs else "null"
+        reason = compact(piece.finish_reason)
         choice = f'"index":{piece.index},"text":{quoted(text)},"logprobs":{scores},"finish_reason":{reason}'
         return f'{self._head},"choices":[{{{choice}{self._tail}'
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Protocol
 
@@ -14,7 +15,10 @@ from loraplex_server.api.generation import Generation, Usage
 from loraplex_server.api.request_log import note, note_failure
 from loraplex_server.errors import to_api_error
 
-__all__ = ["DONE", "Chunks", "EventStream", "event", "quoted"]
+__all__ = ["DONE", "Chunks", "EventStream", "compact", "event", "quoted"]
+
+compact = partial(json.dumps, separators=(",", ":"))
+"""JSON without blanks. ``quoted`` gives the same for a text alone, and faster."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -84,4 +88,4 @@ class EventStream(Response):
 
 def event(body: dict[str, Any]) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + compact(body).encode() + b"\n\n"
