@@ -6,7 +6,7 @@ import asyncio
 import multiprocessing
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -45,6 +45,9 @@ OnProgress = Callable[[Progress], None]
 
 def run_load(plan: LoadPlan, on_progress: OnProgress = lambda progress: None) -> LoadResult:
     """Send all requests of the plan, after its warm-up, and gather what came back."""
+    if plan.concurrency is not None:
+        # A process without a stream would send nothing of its share.
+        plan = replace(plan, processes=min(plan.processes, plan.concurrency))
     if plan.processes == 1:
         worker = _Worker(plan, 0, on_progress)
         return run_fast(worker.run_alone())

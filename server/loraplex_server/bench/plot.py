@@ -150,3 +150,45 @@ def _short(value: float) -> str:
     if value >= 10_000:
         return f"{value / 1000:.1f}k"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def serve_plot(rows: Sequence[Row], path: Path) -> Path:
+    """Throughput, time to first token and time between tokens over the level of load. Raises NoMatplotlib."""
+    figure, panels = new_figure(width=4.6, height=4.2, panels=3)
+    level = "concurrency" if any(row["concurrency"] != "" for row in rows) else "rate"
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    ours = [name for name in engines if " + " not in name and not name.startswith("vllm")]
+    colors = dict(zip(ours, _SHADES * len(ours), strict=False))
+    colors |= dict(zip((name for name in engines if name not in colors), _PEERS * len(engines), strict=False))
+    for name in engines:
+        for key, style, what in _SERVE_LINES:
+            known = [row for row in rows if row["engine"] == name and row[level] != "" and row.get(key, "") != ""]
+            if known:
+                panel = panels[0 if what == "" else 1 if key.startswith("first") else 2]
+                xs, ys = [row[level] for row in known], [row[key] for row in known]
+                panel.plot(xs, ys, style, marker="o", markersize=4, color=colors[name], label=f"{name} {what}".strip())
+    x_label = "requests at once" if level == "concurrency" else "requests a second offered"
+    first = rows[0]
+    adapters = (
+        f"{first['adapters']} models, mix {first['mix']}, {first['prompt_tokens']} + {first['new_tokens']} tokens"
+    )
+    titles = (
+        (f"Served load: {adapters}\n{first.get('device', '')}", "output tokens a second (higher is better)"),
+        ("Time to first token", "milliseconds (lower is better)"),
+        ("Between one event and the next", "milliseconds (lower is better)"),
+    )
+    for panel, (title, y_label) in zip(panels, titles, strict=True):
+        label_axes(panel, title=title, x_label=x_label, y_label=y_label)
+        panel.set_ylim(bottom=0)
+        panel.set_xticks(sorted({row[level] for row in rows if row[level] != ""}))
+        panel.legend(fontsize=7, frameon=False)
+    return save(figure, path)
+
+
+_SERVE_LINES = (
+    ("output_tokens_per_s", "-", ""),
+    ("first_token_ms_p50", "-", "p50"),
+    ("first_token_ms_p99", "--", "p99"),
+    ("inter_token_ms_p50", "-", "p50"),
+    ("inter_token_ms_p99", "--", "p99"),
+)
