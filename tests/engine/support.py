@@ -45,9 +45,14 @@ def random_weights(ranks: Mapping[tuple[int, str], int], seed: int = 0, scaling:
     return AdapterWeights(factors)
 
 
-def small_residency(weights: Mapping[str, AdapterWeights], *, device_bytes: int = 1 << 20) -> AdapterResidency:
+def small_residency(
+    weights: Mapping[str, AdapterWeights],
+    *,
+    device_bytes: int = 1 << 20,
+    open_adapter: Callable[[str], AdapterWeights] | None = None,
+) -> AdapterResidency:
     return AdapterResidency(
-        open_adapter=lambda digest: weights[digest],
+        open_adapter=open_adapter or (lambda digest: weights[digest]),
         base=BASE,
         limits=Limits(device_bytes, 1 << 30),
         dtype=torch.float32,

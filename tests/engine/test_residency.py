@@ -183,3 +183,92 @@ def test_an_adapter_that_has_landed_stays_until_those_who_waited_were_served() -
     settle(residency)
     assert residency.acquire(second) is not None
     residency.close()
+
+
+def sized(**ranks: int) -> dict[str, AdapterWeights]:
+    """Adapters of so many ranks; one rank takes 128 bytes."""
+    return {name: random_weights({(0, "o_proj"): rank}, seed) for seed, (name, rank) in enumerate(ranks.items())}
+
+
+def fill(residency: AdapterResidency, names: str) -> None:
+    for name in names:
+        bring(residency, name)
+        residency.release(name)
+
+
+def residents(residency: AdapterResidency, names: str) -> str:
+    return "".join(name for name in names if residency.is_resident(name))
+
+
+def test_no_adapter_is_evicted_that_the_newcomer_does_not_need() -> None:
+    residency = small_residency(sized(a=8, b=8, c=64, d=48), device_bytes=80 * 128)
+    fill(residency, "abc")
+    # The two used longest ago are not enough; once c goes, they need not.
+    fill(residency, "d")
+    assert residents(residency, "abcd") == "abd"
+    residency.close()
+
+
+def test_nobody_is_evicted_for_an_adapter_that_finds_no_room_anyway() -> None:
+    residency = small_residency(sized(a=16, b=48, c=32), device_bytes=64 * 128)
+    fill(residency, "a")
+    bring(residency, "b")
+    assert residency.acquire("c") is None
+    settle(residency)
+    assert residents(residency, "abc") == "ab"
+    residency.release("b")
+    settle(residency)
+    assert residents(residency, "abc") == "ac"
+    residency.close()
+
+
+def test_those_that_requests_wait_for_go_only_for_one_that_has_waited_too_long() -> None:
+    residency = small_residency(sized(a=64, b=64), device_bytes=64 * 128)
+    residency.expect("a")
+    residency.expect("b")
+    settle(residency)
+    residency.expose()
+    settle(residency)
+    assert residents(residency, "ab") == "a"
+    assert residency.lacks_room("b")
+    assert residency.acquire("b", urgent=True) is None
+    settle(residency)
+    assert residents(residency, "ab") == "b"
+    residency.close()
+
+
+def test_who_gave_up_waiting_keeps_no_room() -> None:
+    residency = small_residency(sized(a=64, b=64), device_bytes=64 * 128)
+    for name in "ab":
+        residency.expect(name)
+    settle(residency)
+    residency.expose()
+    residency.dismiss("a")
+    settle(residency)
+    assert residents(residency, "ab") == "b"
+    residency.close()
+
+
+def test_the_first_asked_for_come_first_and_only_a_few_at_a_time() -> None:
+    names = [f"a{i}" for i in range(40)]
+    opened: list[str] = []
+    weights = sized(**dict.fromkeys(names, 8))
+
+    def open_adapter(digest: str) -> AdapterWeights:
+        opened.append(digest)
+        return weights[digest]
+
+    residency = AdapterResidency(
+        open_adapter=open_adapter,
+        base=BASE,
+        limits=Limits(1 << 20, 1 << 20),
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    for name in names:
+        residency.expect(name)
+    assert residency.num_copies_running < 20
+    settle(residency)
+    assert opened == names
+    assert all(residency.is_resident(name) for name in names)
+    residency.close()

@@ -1,5 +1,6 @@
 """Who runs next: budgets, preemption, fairness."""
 
+import threading
 from collections.abc import Iterable
 
 from loraplex_adapters.format import AdapterWeights
@@ -168,3 +169,36 @@ def test_a_sequence_that_leaves_gives_everything_back() -> None:
     assert not bench.scheduler.has_work
     assert not bench.scheduler.has_requests_for("a")
     assert bench.residency.drop("a") is not None
+
+
+def test_of_those_who_had_as_much_service_the_one_who_waits_longest_is_first() -> None:
+    bench = Bench(max_running=1)
+    seqs = [make_sequence(f"s{name}", 4, adapter=name, arrival_s=i) for i, name in enumerate("cab")]
+    bench.add(seqs)
+    assert bench.finish_order(seqs) == ["sc", "sa", "sb"]
+
+
+def test_no_place_is_taken_for_an_adapter_that_is_not_there_yet() -> None:
+    opened = threading.Event()
+    weights = dict(WEIGHTS)
+
+    def slow(digest: str) -> AdapterWeights:
+        if digest == "b":
+            opened.wait(10)
+        return weights[digest]
+
+    bench = Bench(max_running=2)
+    bench.residency = small_residency(weights, open_adapter=slow)
+    bench.scheduler = Scheduler(bench.blocks, bench.residency, SchedulerLimits(2, 64, fair_wait_s=0.05))
+    hogs = [make_sequence(f"a{i}", 4, adapter="a", max_tokens=200, arrival_s=0) for i in range(2)]
+    bench.add(hogs)
+    bench.step()
+    bench.scheduler.add(make_sequence("lone", 4, adapter="b", max_tokens=2, arrival_s=bench.now_s))
+    for _ in range(20):
+        bench.step()
+    assert [hog.num_preemptions for hog in hogs] == [0, 0]
+    opened.set()
+    settle(bench.residency)
+    assert "lone" in dict(names(bench.step()))
+    assert sum(hog.num_preemptions for hog in hogs) == 1
+    bench.residency.close()
