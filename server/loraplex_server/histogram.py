@@ -32,6 +32,12 @@ class Histogram:
         other._counts[index] += count
         other.total += total
 
+    def copy(self) -> "Histogram":
+        """The same counts, for another thread to read."""
+        copied = Histogram(self._bounds)
+        copied._counts, copied.total = self._counts.copy(), self.total
+        return copied
+
     @property
     def count(self) -> int:
         return sum(self._counts)

@@ -17,10 +17,10 @@ from loraplex_server.engine.messages import EngineStats, StepReport
 from loraplex_server.histogram import LOAD_BOUNDS, STEP_BOUNDS, Histogram
 from loraplex_server.observer import Mode, RequestObserver
 from loraplex_server.request_series import BASE_LABEL, SeriesByAdapter
+from loraplex_server.request_text import RequestText
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_ADAPTER_MODE = ["adapter", "mode"]
 # The base is the only set of weights that batches run on so far.
 _VARIANT = "base"
 
@@ -65,7 +65,8 @@ class Metrics:
 
     def snapshot(self) -> "Snapshot":
         """Everything as it is now."""
-        return Snapshot(list(self._registry.collect()))
+        families = list(self._registry.collect())
+        return Snapshot(RequestText.of(self._requests), families)
 
     def render(self) -> bytes:
         """Everything as it is now, in Prometheus' text format (``CONTENT_TYPE``)."""
@@ -75,8 +76,9 @@ class Metrics:
 class Snapshot(CollectorRegistry):
     """Metrics at one moment. Writing them takes far longer than taking them, and may happen on any thread."""
 
-    def __init__(self, families: list[Metric]) -> None:
+    def __init__(self, requests: RequestText, families: list[Metric]) -> None:
         super().__init__()
+        self._requests = requests
         self._families = families
 
     def collect(self) -> Iterator[Metric]:
@@ -84,7 +86,7 @@ class Snapshot(CollectorRegistry):
 
     def text(self) -> bytes:
         """Prometheus' text format (``CONTENT_TYPE``)."""
-        return generate_latest(self)
+        return self._requests.text().encode() + generate_latest(self)
 
 
 class _EngineCounts:
@@ -126,42 +128,10 @@ class _Exposition(Collector):
 
     def collect(self) -> Iterable[Metric]:
         names = self._names()
-        registered = {name for owners in names.values() for name in owners}
-        self._requests.keep(registered)
-        yield from self._request_families()
+        self._requests.keep({name for owners in names.values() for name in owners})
         yield from self._step_families()
         yield from self._engine_families(names)
         yield from self._vllm_families(names)
-
-    def _request_families(self) -> Iterable[Metric]:
-        first_token = HistogramMetricFamily(
-            "loraplex_time_to_first_token_seconds", "From submission to the first token.", labels=_ADAPTER_MODE
-        )
-        inter_token = HistogramMetricFamily(
-            "loraplex_inter_token_seconds", "Between one token and the next of the same answer.", labels=_ADAPTER_MODE
-        )
-        request = HistogramMetricFamily(
-            "loraplex_request_seconds", "From submission to the end of a whole answer.", labels=_ADAPTER_MODE
-        )
-        queue = HistogramMetricFamily(
-            "loraplex_queue_seconds", "From submission to the first step a request takes part in.", labels=_ADAPTER_MODE
-        )
-        requests = CounterMetricFamily(
-            "loraplex_requests", "Requests that ended, by how they ended.", labels=[*_ADAPTER_MODE, "outcome"]
-        )
-        prompt = CounterMetricFamily("loraplex_prompt_tokens", "Tokens of prompts.", labels=_ADAPTER_MODE)
-        output = CounterMetricFamily("loraplex_output_tokens", "Tokens of answers.", labels=_ADAPTER_MODE)
-        for adapter, mode, series in self._requests:
-            labels = [adapter, mode]
-            _add(first_token, labels, series.first_token)
-            _add(inter_token, labels, series.inter_token)
-            _add(request, labels, series.request)
-            _add(queue, labels, series.queue)
-            for outcome, count in series.outcomes.items():
-                requests.add_metric([*labels, outcome], count)
-            prompt.add_metric(labels, series.prompt_tokens)
-            output.add_metric(labels, series.output_tokens)
-        return first_token, inter_token, request, queue, requests, prompt, output
 
     def _step_families(self) -> Iterable[Metric]:
         steps = HistogramMetricFamily(

@@ -35,6 +35,14 @@ class RequestSeries:
         self.prompt_tokens = 0
         self.output_tokens = 0
 
+    def copy(self) -> "RequestSeries":
+        """The same counts, for another thread to read."""
+        copied = RequestSeries()
+        for name in ("first_token", "inter_token", "outcomes", "queue", "request"):
+            setattr(copied, name, getattr(self, name).copy())
+        copied.prompt_tokens, copied.output_tokens = self.prompt_tokens, self.output_tokens
+        return copied
+
 
 class WatchedRequest:
     """One request: counted for its adapter and in the sum over all."""
