@@ -1,5 +1,6 @@
 """A real engine of a model's shape, random weights and adapters, that times itself before it serves."""
 
+import faulthandler
 import json
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class ShapeRecipe:
     report: Path
 
     def enter_process(self) -> None:
-        return None
+        faulthandler.dump_traceback_later(60)  # where it hangs, if it does
 
     def load(self, progress: Progress | None) -> "ShapeBase":
         begun = time.perf_counter()
@@ -76,7 +77,10 @@ class ShapeBase:
             engine.handle(Warm(-index - 1, digest_of(index)))
         while engine.has_work or engine.is_waiting:
             engine.step()
+            time.sleep(0.001)  # for the threads that copy
+        print(f"adapters warm after {time.perf_counter() - begun:.1f} s", flush=True)
         rates = [self._time(engine, number) for number in range(3)]
+        faulthandler.cancel_dump_traceback_later()
         recipe.report.write_text(json.dumps(rates))
         print(f"by itself: {rates} tokens/s", flush=True)
         return engine
