@@ -28,6 +28,8 @@ _PROGRESS_EVERY_S = 0.1
 # What the server has not read this long after the engine's end it will not read any more.
 _LAST_WORDS_S = 10.0
 _PR_SET_PDEATHSIG = 1
+# A step waits no longer than this for a thread that reads adapters to give up the interpreter's lock (the default: 5 ms).
+_SWITCH_S = 5e-4
 
 
 class SocketLink:
@@ -159,6 +161,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
+    sys.setswitchinterval(_SWITCH_S)
     link = SocketLink(socket.socket(fileno=descriptor))
     status = serve_engine(link)
     link.finish()
