@@ -181,7 +181,8 @@ def serve_plot(rows: Sequence[Row], path: Path) -> Path:
         label_axes(panel, title=title, x_label=x_label, y_label=y_label)
         panel.set_ylim(bottom=0)
         panel.set_xticks(sorted({row[level] for row in rows if row[level] != ""}))
-        panel.legend(fontsize=7, frameon=False)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7, frameon=False)
     return save(figure, path)
 
 

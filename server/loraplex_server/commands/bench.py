@@ -43,7 +43,7 @@ values, and no download is needed. Examples:
 
     loraplex bench prefill --shape llama-8b --cases "32/0 32/8" --lengths 1024
 
-    loraplex bench serve --url http://127.0.0.1:8000 --model my-base --concurrency 32
+    loraplex bench serve --url http://127.0.0.1:8000 --concurrency 1,8,32
 """,
 )
 

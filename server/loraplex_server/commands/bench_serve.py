@@ -168,8 +168,7 @@ def serve(
 
     loraplex bench serve --shape llama-8b --adapters 8 --concurrency 32 --prompt-tokens lognormal:256:0.5
     """
-    if url is None:
-        require_server()
+    require_server()
     from loraplex_client.load import Lengths, LoadPlan, Mix
     from loraplex_server.bench.serve import ServePlan, run_against, run_own
 
