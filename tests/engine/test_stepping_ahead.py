@@ -12,6 +12,7 @@ import torch
 
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.messages import Abort, Submit
+from loraplex_server.engine.sampler import Sampled
 from loraplex_server.engine.sequence import Request, SamplingParams, Sequence, Status
 from loraplex_server.model.batch import Batch, Segment
 from loraplex_server.model.decoder import Decoder
@@ -27,8 +28,8 @@ class Late:
     seqs: tuple[tuple[int, Sequence], ...]
     token_ids: list[int]
 
-    def wait(self) -> list[tuple[Sequence, int, bool]]:
-        return [(seq, token, True) for (_, seq), token in zip(self.seqs, self.token_ids, strict=True)]
+    def wait(self) -> list[tuple[Sequence, Sampled]]:
+        return [(seq, Sampled(token, None, True)) for (_, seq), token in zip(self.seqs, self.token_ids, strict=True)]
 
 
 @dataclass
@@ -42,11 +43,18 @@ class HostRows:
     steps_left: list[int] = field(default_factory=list)
     last: dict[int, int] = field(default_factory=dict)
     num_ahead: int = 0
+    num_seatings: int = 0
 
     def takes(self, seqs: Rows[Sequence]) -> bool:
         return bool(seqs)
 
+    def holds(self, seqs: Rows[Sequence]) -> bool:
+        rows = {id(seq): row for row, seq in enumerate(self.seqs) if seq is not None}
+        at = {id(seq): len(seq.tokens) - 1 for seq in seqs}
+        return rows.keys() == at.keys() and all(self.position[row] == at[key] for key, row in rows.items())
+
     def seat(self, seqs: Rows[Sequence]) -> None:
+        self.num_seatings += 1
         self.seqs = list(seqs)
         self.position = [len(seq.tokens) - 1 for seq in seqs]
         self.last = {row: seq.tokens[-1] for row, seq in enumerate(seqs)}
@@ -58,11 +66,8 @@ class HostRows:
     def unseat(self, seq: Sequence) -> None:
         self.seqs = [None if other is seq else other for other in self.seqs]
 
-    def clear(self) -> None:
-        self.seqs = []
-
     def close(self) -> None:
-        self.clear()
+        self.seqs = []
 
     def is_sparse(self) -> bool:
         return 2 * sum(seq is not None for seq in self.seqs) <= len(self.seqs)
@@ -140,8 +145,8 @@ def answers(found: dict[str, Collected]) -> dict[str, tuple[list[int], str | Non
 
 @pytest.mark.parametrize(
     "limits",
-    [{}, {"kv_blocks": 40}, {"max_running": 3}, {"max_batched_tokens": 16}],
-    ids=["roomy", "preempting", "queued", "chunked"],
+    [{}, {"kv_blocks": 40}, {"max_running": 3}, {"max_batched_tokens": 16}, {"max_mixed_tokens": 7}],
+    ids=["roomy", "preempting", "queued", "chunked", "slowly-mixed"],
 )
 def test_answers_are_those_of_plain_steps(parts: tuple[Decoder, dict[str, Path]], limits: dict[str, int]) -> None:
     plain = real_engine(*parts, **limits)
@@ -191,4 +196,25 @@ def test_a_client_that_leaves_in_mid_flight_takes_nothing_with_it(parts: tuple[D
     assert reasons.pop("leaver") == "abort"
     assert {name: (found[name], reason) for name, reason in reasons.items()} == expected
     assert rows.num_ahead > 0
+    engine.close()
+
+
+def test_a_long_prompt_comes_in_pieces_between_which_others_get_their_tokens(
+    parts: tuple[Decoder, dict[str, Path]],
+) -> None:
+    engine, rows = with_rows(parts, max_mixed_tokens=16, kv_blocks=257)
+    talker = Request("talker", (1, 2, 3), SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True), "a")
+    engine.handle(Submit(talker))
+    while not engine.step().num_decode_tokens:
+        pass
+    prompt = tuple(range(200))
+    engine.handle(Submit(Request("reader", prompt, SamplingParams(max_tokens=1, temperature=0.0))))
+    seatings, sizes = rows.num_seatings, []
+    while sum(prefill for prefill, _ in sizes) < len(prompt):
+        report = engine.step()
+        sizes.append((report.num_prefill_tokens, report.num_decode_tokens))
+    assert [prefill for prefill, _ in sizes] == [16] * 12 + [8]
+    # The first of these steps hands out the token that was in flight as well.
+    assert [decode for _, decode in sizes] == [2] + [1] * 12
+    assert rows.num_seatings == seatings, "a row that goes on is seated once"
     engine.close()

@@ -5,8 +5,8 @@ import torch
 
 from tests.kernels.triton_support import DEVICE, assert_close, randn
 
-from loraplex_server.kernels.penalties import add_bias, penalize  # isort: skip
-from loraplex_server.kernels.penalties_ref import add_bias_ref, penalize_ref
+from loraplex_server.kernels.penalties import add_bias, count_tokens, forbid, penalize  # isort: skip
+from loraplex_server.kernels.penalties_ref import add_bias_ref, count_tokens_ref, forbid_ref, penalize_ref
 
 
 def test_biases_reach_their_tokens_alone() -> None:
@@ -54,3 +54,30 @@ def test_forbidden_tokens_stay_forbidden() -> None:
         ones,
     )
     assert bool((logits == float("-inf")).all())
+
+
+def test_tokens_are_forbidden_until_a_position() -> None:
+    logits = randn(3, 5000, seed=5)
+    ids = torch.tensor([[7, 4999, -1], [3, -1, -1], [-1, 0, 4096]], dtype=torch.int32, device=DEVICE)
+    until = torch.tensor([10, 10, 10], dtype=torch.int32, device=DEVICE)
+    positions = torch.tensor([9, 10, 0], device=DEVICE)
+    expected = logits.clone()
+    expected[0, [7, 4999]] = float("-inf")
+    expected[2, [0, 4096]] = float("-inf")
+    for call in (forbid, forbid_ref):
+        got = logits.clone()
+        call(got, ids, until, positions)
+        assert torch.equal(got, expected)
+
+
+def test_tokens_of_live_rows_are_counted() -> None:
+    counts = torch.zeros(4, 5000, dtype=torch.int16, device=DEVICE)
+    counts[0, 7], counts[3, 4999] = 2, 32767
+    expected = counts.clone()
+    expected[0, 7], expected[1, 0] = 3, 1
+    token_ids = torch.tensor([7, 0, 9, 4999], device=DEVICE)
+    kv_lens = torch.tensor([5, 1, 0, 8], dtype=torch.int32, device=DEVICE)
+    for call in (count_tokens, count_tokens_ref):
+        got = counts.clone()
+        call(got, token_ids, kv_lens)
+        assert torch.equal(got, expected)

@@ -11,22 +11,25 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex_server.engine.device_adapters import DeviceAdapters
+from loraplex_server.engine.row_sampling import Drawing, DrawnRows, RowSampling
+from loraplex_server.engine.sampler import Sampled
 from loraplex_server.engine.sequence import Sequence, Status
 from loraplex_server.kernels.rows import prepare_rows
 from loraplex_server.kernels.rows_ref import ADAPTER, NEW_BLOCK, NUM_COLUMNS, POSITION, TOKEN
-from loraplex_server.kernels.sampling import SampleWorkspace, SamplingMode, sample
+from loraplex_server.kernels.sampling import SamplingMode
 from loraplex_server.model.fused import DecodeRows, FusedForward, base_alone
 
 # Rows that graphs are captured for; a step runs in the smallest that holds it.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _IN_FLIGHT: Final = 2
+_GREEDY: Final = Drawing(SamplingMode.GREEDY, adjusts=False, scores=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,21 @@ class LaunchedRows:
     """A step on its way: who gets which row's token, and where the tokens will be."""
 
     seqs: tuple[tuple[int, Sequence], ...]
-    token_ids: Tensor
-    finite: Tensor
+    drawn: DrawnRows
     done: torch.cuda.Event
 
-    def wait(self) -> list[tuple[Sequence, int, bool]]:
-        """Wait for the device: (sequence, token, whether its logits were numbers)."""
+    def wait(self) -> list[tuple[Sequence, Sampled]]:
+        """Wait for the device, and read what each sequence drew."""
         self.done.synchronize()
-        token_ids, finite = self.token_ids.tolist(), self.finite.tolist()
-        return [(seq, token_ids[row], finite[row]) for row, seq in self.seqs]
+        return self.drawn.read(self.seqs)
+
+
+class _Variant(NamedTuple):
+    """What a graph was captured for."""
+
+    bucket: int
+    with_adapters: bool
+    drawing: Drawing
 
 
 class DecodePath:
@@ -59,6 +68,7 @@ class DecodePath:
         max_model_len: int,
         block_size: int,
         vocab_size: int,
+        eos_ids: frozenset[int],
         device: torch.device,
         adapters: DeviceAdapters,
     ) -> None:
@@ -75,7 +85,7 @@ class DecodePath:
         def pinned(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
-        i32, f32 = torch.int32, torch.float32
+        i32 = torch.int32
         self._rows = DecodeRows(
             token_ids=on_device(max_rows),
             positions=on_device(max_rows),
@@ -85,18 +95,11 @@ class DecodePath:
             block_tables=on_device(max_rows, width, dtype=i32),
         )
         self._packed = on_device(max_rows, NUM_COLUMNS, dtype=i32)
-        self._sampled = on_device(max_rows)
-        self._finite = on_device(max_rows, dtype=torch.bool)
-        self._floats = on_device(3, max_rows, dtype=f32)  # temperature, top_p, min_p
-        self._ints = on_device(2, max_rows)  # top_k, seeds
-        self._workspace = SampleWorkspace.allocate(max_rows=max_rows, vocab_size=vocab_size, device=device)
+        self._sampling = RowSampling(max_rows=max_rows, vocab_size=vocab_size, eos_ids=eos_ids, device=device)
         self._staged_packed = [pinned(max_rows, NUM_COLUMNS, dtype=i32) for _ in range(_IN_FLIGHT)]
         self._staged_tables = pinned(max_rows, width, dtype=i32)
-        self._staged_floats, self._staged_ints = pinned(3, max_rows, dtype=f32), pinned(2, max_rows, dtype=torch.int64)
-        self._out_tokens = [pinned(max_rows, dtype=torch.int64) for _ in range(_IN_FLIGHT)]
-        self._out_finite = [pinned(max_rows, dtype=torch.bool) for _ in range(_IN_FLIGHT)]
         self._turn = 0
-        self._graphs: dict[tuple[int, SamplingMode, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[_Variant, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         # The rows of now: who, and per row the next position, the slot, and how many steps it may still take.
         self._seqs: list[Sequence | None] = []
@@ -104,7 +107,7 @@ class DecodePath:
         self._position = np.zeros(max_rows, np.int32)
         self._slot = np.full(max_rows, -1, np.int32)
         self._steps_left = np.zeros(max_rows, np.int32)
-        self._mode = SamplingMode.GREEDY
+        self._drawing = _GREEDY
 
     # --- whom it can serve ------------------------------------------------------------------------------------------
 
@@ -112,12 +115,7 @@ class DecodePath:
         """Whether every one of these can run here: nothing that the host must look at between two tokens."""
         if not seqs or len(seqs) > self._buckets[-1]:
             return False
-        return all(self._takes(seq) for seq in seqs)
-
-    def _takes(self, seq: Sequence) -> bool:
-        params = seq.request.sampling
-        plain = not (params.logit_bias or params.has_penalties) and params.num_logprobs is None
-        return plain and seq.num_output >= params.min_tokens and (seq.slot < 0 or self._adapters.fits(seq.slot))
+        return all(self._sampling.takes(seq) and (seq.slot < 0 or self._adapters.fits(seq.slot)) for seq in seqs)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -134,15 +132,11 @@ class DecodePath:
             left = min(params.max_tokens - seq.num_output, self._max_model_len - len(seq.tokens))
             self._steps_left[row] = left
             self._staged_tables[row, : len(seq.block_ids)] = torch.tensor(seq.block_ids, dtype=torch.int32)
-            self._staged_floats[:, row] = torch.tensor((params.temperature, params.top_p, params.min_p))
-            self._staged_ints[:, row] = torch.tensor((params.top_k, seq.seed))
         self._rows.block_tables[:n].copy_(self._staged_tables[:n], non_blocking=True)
-        self._floats.copy_(self._staged_floats, non_blocking=True)
-        self._ints.copy_(self._staged_ints, non_blocking=True)
+        self._drawing = self._sampling.seat(seqs)
         # The staging above is written again by the next seating, which must not overtake these copies.
         torch.cuda.current_stream().synchronize()
         self._adapters.seat([seq.slot for seq in seqs], self._bucket())
-        self._mode = _mode_of(seqs)
 
     def unseat(self, seq: Sequence) -> None:
         """The sequence has ended or left; its row stays empty until the next seating."""
@@ -195,11 +189,10 @@ class DecodePath:
         self._steps_left[index] -= 1
         self._packed[:bucket].copy_(self._staged_packed[turn][:bucket], non_blocking=True)
         with_adapters = bool((self._slot[index] >= 0).any())
-        self._graph(bucket, self._mode, with_adapters).replay()
-        token_ids, finite = self._out_tokens[turn], self._out_finite[turn]
-        token_ids[:bucket].copy_(self._sampled[:bucket], non_blocking=True)
-        finite[:bucket].copy_(self._finite[:bucket], non_blocking=True)
-        return LaunchedRows(tuple(live), token_ids, finite, torch.cuda.current_stream().record_event())
+        self._graph(_Variant(bucket, with_adapters, self._drawing)).replay()
+        self._sampling.launched(live, self._drawing)
+        drawn = self._sampling.fetch(turn, bucket, self._drawing)
+        return LaunchedRows(tuple(live), drawn, torch.cuda.current_stream().record_event())
 
     def _bucket(self) -> int:
         return next(b for b in self._buckets if b >= len(self._seqs))
@@ -214,27 +207,27 @@ class DecodePath:
         """Capture greedy steps of every bucket, largest first so that smaller ones reuse its memory."""
         for bucket in reversed(self._buckets):
             for with_adapters in (False, True):
-                self._graph(bucket, SamplingMode.GREEDY, with_adapters)
+                self._graph(_Variant(bucket, with_adapters, _GREEDY))
 
     @torch.inference_mode()
-    def _graph(self, bucket: int, mode: SamplingMode, with_adapters: bool) -> torch.cuda.CUDAGraph:
-        key = (bucket, mode, with_adapters)
-        if key not in self._graphs:
+    def _graph(self, variant: _Variant) -> torch.cuda.CUDAGraph:
+        if variant not in self._graphs:
             # The first run compiles kernels, which a capture cannot. It must not disturb the rows that wait for theirs.
-            kept = [t.clone() for t in (self._packed, self._sampled)]
+            kept = [t.clone() for t in (self._packed, self._sampling.token_ids)]
             self._packed.fill_(-1)
-            self._run(bucket, mode, with_adapters)
+            self._run(variant)
             torch.cuda.current_stream().synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads copy adapters meanwhile.
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                self._run(bucket, mode, with_adapters)
-            self._graphs[key] = graph
-            for target, source in zip((self._packed, self._sampled), kept, strict=True):
+                self._run(variant)
+            self._graphs[variant] = graph
+            for target, source in zip((self._packed, self._sampling.token_ids), kept, strict=True):
                 target.copy_(source)
-        return self._graphs[key]
+        return self._graphs[variant]
 
-    def _run(self, bucket: int, mode: SamplingMode, with_adapters: bool) -> None:
+    def _run(self, variant: _Variant) -> None:
+        bucket = variant.bucket
         rows = DecodeRows(
             self._rows.token_ids[:bucket],
             self._rows.positions[:bucket],
@@ -245,7 +238,7 @@ class DecodePath:
         )
         prepare_rows(
             self._packed[:bucket],
-            self._sampled[:bucket],
+            self._sampling.token_ids[:bucket],
             rows.block_tables,
             self._block_size,
             rows.token_ids,
@@ -254,23 +247,9 @@ class DecodePath:
             rows.kv_lens,
             rows.adapters,
         )
-        multiply = self._adapters.for_bucket(bucket) if with_adapters else base_alone
+        multiply = self._adapters.for_bucket(bucket) if variant.with_adapters else base_alone
         logits = self._forward.decode(rows, self._max_model_len, multiply)
-        temperature, top_p, min_p = self._floats[:, :bucket]
-        top_k, seeds = self._ints[:, :bucket]
-        sample(
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            seeds,
-            rows.positions + 1,
-            self._workspace,
-            mode=mode,
-            out=self._sampled[:bucket],
-            finite=self._finite[:bucket],
-        )
+        self._sampling.draw(logits, rows.positions, rows.kv_lens, variant.drawing)
 
 
 @contextmanager
@@ -284,11 +263,3 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _mode_of(seqs: Rows[Sequence]) -> SamplingMode:
-    params = [seq.request.sampling for seq in seqs]
-    if all(p.temperature == 0 for p in params):
-        return SamplingMode.GREEDY
-    filtered = any(p.temperature and (p.top_k or p.top_p < 1 or p.min_p) for p in params)
-    return SamplingMode.FILTERED if filtered else SamplingMode.PLAIN

@@ -110,7 +110,7 @@ class Engine:
             self._residency,
             SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.fair_wait_s),
         )
-        path, fused = build_decode_path(decoder, self._kv, self._residency, limits)
+        path, fused = build_decode_path(decoder, self._kv, self._residency, limits, eos_ids)
         self._stepper = Stepper(
             Runner(decoder, self._kv, self._residency, Sampler(eos_ids), fused),
             path,
@@ -304,7 +304,7 @@ class Engine:
 
 
 def build_decode_path(
-    decoder: Decoder, kv: KVCache, residency: AdapterResidency, limits: EngineLimits
+    decoder: Decoder, kv: KVCache, residency: AdapterResidency, limits: EngineLimits, eos_ids: frozenset[int]
 ) -> tuple[DecodePath | None, PromptPath | None]:
     """The rows that decode and the path of prompts, where the device and its kernels allow them."""
     if decoder.device.type != "cuda" or importlib.util.find_spec("triton") is None:
@@ -323,6 +323,7 @@ def build_decode_path(
         max_model_len=limits.max_model_len,
         block_size=limits.block_size,
         vocab_size=decoder.spec.vocab_size,
+        eos_ids=eos_ids,
         device=decoder.device,
         adapters=adapters,
     )

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from loraplex_server.engine.sampler import Drawn, Sampled, Sampler, logprobs, token_logprobs
+from loraplex_server.engine.sampler import Drawn, Sampled, Sampler, token_logprobs
 from loraplex_server.engine.scheduler import Chunk, Plan
 from loraplex_server.engine.sequence import Sequence, TokenLogprob
+from loraplex_server.kernels.sampling_logprobs_ref import logprobs_ref
 from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch, Segment, send
 from loraplex_server.model.decoder import Decoder
@@ -102,7 +103,7 @@ class Runner:
         for i in range(0, len(targets), _PROMPT_LOGIT_ROWS):
             ids = targets[i : i + _PROMPT_LOGIT_ROWS]
             logits = self._decoder.logits(hidden[i : i + len(ids)])
-            found = logprobs(logits, torch.tensor(ids, device=logits.device), k)
+            found = logprobs_ref(logits, torch.tensor(ids, device=logits.device), k)
             yield from token_logprobs(ids, *found, [k] * len(ids))
 
 

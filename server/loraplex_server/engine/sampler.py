@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex_server.engine.sequence import SamplingParams, Sequence, TokenLogprob
+from loraplex_server.kernels.sampling_logprobs_ref import logprobs_ref
 from loraplex_server.kernels.sampling_ref import sample_ref
 
 
@@ -48,7 +49,7 @@ class Sampler:
         if not rows:
             return Drawn(token_ids, finite, (), None, None, None)
         k = max(params[i].num_logprobs or 0 for i in rows)
-        chosen, top_values, top_ids = logprobs(logits[list(rows)], token_ids[list(rows)], k)
+        chosen, top_values, top_ids = logprobs_ref(logits[list(rows)], token_ids[list(rows)], k)
         return Drawn(token_ids, finite, rows, chosen, top_values, top_ids)
 
     def read(self, drawn: Drawn, seqs: Rows[Sequence]) -> list[Sampled]:
@@ -65,7 +66,7 @@ class Sampler:
 
     def _adjust(self, logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
         """Bias, penalties and minimum length, on a copy where any row asks for them."""
-        touched = [i for i, seq in enumerate(seqs) if _is_adjusted(seq)]
+        touched = [i for i, seq in enumerate(seqs) if is_adjusted(seq)]
         if not touched:
             return logits
         logits = logits.clone()
@@ -86,21 +87,10 @@ class Sampler:
                 row[torch.tensor(forbidden, device=row.device)] = float("-inf")
 
 
-def logprobs(logits: Tensor, token_ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of given tokens and of the k most likely.
-
-    Shapes: logits [R, V] float32, token_ids [R] -> chosen [R], top values [R, k], top ids [R, k].
-    """
-    normalizer = logits.logsumexp(dim=1, keepdim=True)
-    chosen = (logits.gather(1, token_ids[:, None]) - normalizer)[:, 0]
-    top = logits.topk(k, dim=1)
-    return chosen, top.values - normalizer, top.indices
-
-
 def token_logprobs(
     token_ids: Rows[int], chosen: Tensor, top_values: Tensor, top_ids: Tensor, wanted: Rows[int]
 ) -> list[TokenLogprob]:
-    """Read ``logprobs``' tensors back, each row with its own number of alternatives."""
+    """Read ``logprobs_ref``'s tensors back, each row with its own number of alternatives."""
     values, ids = top_values.tolist(), top_ids.tolist()
     return [
         TokenLogprob(token, logprob, tuple(zip(ids[i][:k], values[i][:k], strict=True)))
@@ -108,7 +98,8 @@ def token_logprobs(
     ]
 
 
-def _is_adjusted(seq: Sequence) -> bool:
+def is_adjusted(seq: Sequence) -> bool:
+    """Whether the sequence's next token is drawn from other logits than the model's."""
     params = seq.request.sampling
     return bool(params.logit_bias) or params.has_penalties or seq.num_output < params.min_tokens
 

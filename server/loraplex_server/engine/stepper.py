@@ -170,9 +170,9 @@ class Stepper:
         except Exception as error:  # a failed kernel shows here
             self._fail([seq for _, seq in launched.seqs if seq.status is Status.RUNNING], error)
             return 0
-        for seq, token_id, finite in found:
+        for seq, sampled in found:
             # It may have ended since: by an end-of-text token in the step before, or because its client left.
             if seq.status is Status.RUNNING:
                 self._blocks.commit(seq)
-                self._on_token(seq, Sampled(token_id, None, finite))
+                self._on_token(seq, sampled)
         return len(found)

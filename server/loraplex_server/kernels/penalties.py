@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""Biases and penalties on the rows that ask for them; other rows are not even read. Defined by ``penalties_ref``."""
+"""Biases, penalties and forbidden tokens on the rows that ask for them; other rows are not even read. Defined by
+``penalties_ref``."""
 
 import torch
 import triton
@@ -52,6 +53,35 @@ def _penalize_kernel(
     tl.store(logits_ptr + row * stride + ids, x, mask=mask & (in_prompt | (counts > 0.0)))
 
 
+@triton.jit
+def _forbid_kernel(
+    logits_ptr, stride, ids_ptr, until_ptr, positions_ptr, num_entries, ENTRIES: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, ENTRIES)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if tl.load(positions_ptr + row) >= tl.load(until_ptr + row):
+        return
+    ids = tl.load(ids_ptr + row * num_entries + entry, mask=entry < num_entries, other=-1)
+    tl.store(logits_ptr + row * stride + ids, float("-inf"), mask=ids >= 0)
+
+
+@triton.jit
+def _count_kernel(counts_ptr, stride, token_ids_ptr, kv_lens_ptr, num_rows, ROWS: tl.constexpr, PDL: tl.constexpr):
+    row = tl.arange(0, ROWS)
+    mask = row < num_rows
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    mask = mask & (tl.load(kv_lens_ptr + row, mask=mask, other=0) > 0)
+    token = tl.load(token_ids_ptr + row, mask=mask, other=0)
+    at = counts_ptr + row.to(tl.int64) * stride + token
+    count = tl.load(at, mask=mask, other=0).to(tl.int32)
+    tl.store(at, tl.minimum(count + 1, 32767).to(tl.int16), mask=mask)
+
+
 def add_bias(logits: Tensor, ids: Tensor, values: Tensor) -> None:
     """``add_bias_ref``; rows of logits, and the whole of ids and values, are contiguous."""
     num_rows, num_entries = ids.shape
@@ -71,4 +101,24 @@ def penalize(
         _penalize_kernel[(num_rows, triton.cdiv(vocab_size, _PART))](
             logits, logits.stride(0), vocab_size, in_prompt.view(torch.int8), output_counts, repetition, presence,
             frequency, PART=_PART, num_warps=8, **launch_options(logits.device),
+        )  # fmt: skip
+
+
+def forbid(logits: Tensor, ids: Tensor, until: Tensor, positions: Tensor) -> None:
+    """``forbid_ref``; rows of logits, and the whole of the others, are contiguous."""
+    num_rows, num_entries = ids.shape
+    if num_rows and num_entries:
+        _forbid_kernel[(num_rows,)](
+            logits, logits.stride(0), ids, until, positions, num_entries,
+            ENTRIES=triton.next_power_of_2(num_entries), num_warps=4, **launch_options(logits.device),
+        )  # fmt: skip
+
+
+def count_tokens(counts: Tensor, token_ids: Tensor, kv_lens: Tensor) -> None:
+    """``count_tokens_ref``; rows of counts, and the whole of the others, are contiguous."""
+    num_rows = counts.shape[0]
+    if num_rows:
+        _count_kernel[(1,)](
+            counts, counts.stride(0), token_ids, kv_lens, num_rows,
+            ROWS=max(256, triton.next_power_of_2(num_rows)), num_warps=4, **launch_options(counts.device),
         )  # fmt: skip

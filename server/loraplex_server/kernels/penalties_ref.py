@@ -1,4 +1,5 @@
-"""Biases and penalties on logits, in plain torch: the definition that the kernels are checked against."""
+"""Biases, penalties and forbidden tokens on logits, and the counts behind them, in plain torch: the definition that the
+kernels are checked against."""
 
 import torch
 from torch import Tensor
@@ -28,3 +29,22 @@ def penalize_ref(
     logits.copy_(torch.where(in_prompt | (output_counts > 0), repeated, logits))
     lowered = logits - (presence[:, None] + frequency[:, None] * output_counts)
     logits.copy_(torch.where(output_counts > 0, lowered, logits))
+
+
+def forbid_ref(logits: Tensor, ids: Tensor, until: Tensor, positions: Tensor) -> None:
+    """Forbid tokens, in place, in rows whose position is below ``until``.
+
+    Shapes: logits [R, V] float32; ids [R, N] int32, -1 = no entry; until [R] int32; positions [R] int64.
+    """
+    rows, entries = ((ids >= 0) & (positions < until)[:, None]).nonzero(as_tuple=True)
+    logits[rows, ids[rows, entries].long()] = float("-inf")
+
+
+def count_tokens_ref(counts: Tensor, token_ids: Tensor, kv_lens: Tensor) -> None:
+    """Count one token of each row whose ``kv_lens`` is not 0; a count stays at 32,767.
+
+    Shapes: counts [R, V] int16; token_ids [R] int64; kv_lens [R] int32.
+    """
+    rows = (kv_lens > 0).nonzero()[:, 0]
+    columns = token_ids[rows]
+    counts[rows, columns] = (counts[rows, columns].int() + 1).clamp(max=32767).short()

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from loraplex_server.kernels.activation import silu_mul
-from loraplex_server.kernels.attention_decode import DecodeWorkspace, paged_decode
+from loraplex_server.kernels.attention_rows import RowsWorkspace, attend_rows
 from loraplex_server.kernels.norm import add_rms_norm, rms_norm
-from loraplex_server.kernels.rope_cache import rope_and_cache
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 from loraplex_server.model.linear import GroupLinear
@@ -50,11 +49,13 @@ class FusedForward:
         spec = decoder.spec
         self._decoder = decoder
         self._kv = kv
-        self._workspace = DecodeWorkspace.allocate(
+        self._workspace = RowsWorkspace.allocate(
             max_sequences=max_sequences,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
+            block_size=kv.block_size,
+            dtype=decoder.dtype,
             device=decoder.device,
         )
 
@@ -67,12 +68,12 @@ class FusedForward:
         x = rms_norm(hidden, layers[0].input_norm, spec.rms_eps)
         for index, layer in enumerate(layers):
             qkv = multiply(layer.qkv, x, index, "qkv")
-            k, v = self._kv.k[index], self._kv.v[index]
-            rope_and_cache(qkv, rows.positions, cos, sin, rows.kv_slots, k, v, qk_norm=layer.qk_norm, eps=spec.rms_eps)
-            q = qkv[:, : spec.q_size].view(-1, spec.num_heads, spec.head_dim)
-            window = spec.windows[index]
-            mixed = paged_decode(q, k, v, rows.block_tables, rows.kv_lens, self._workspace, window=window).flatten(1)
-            out = multiply(layer.o, mixed, index, "o")
+            mixed = attend_rows(
+                qkv, rows.positions, cos, sin, rows.kv_slots, self._kv.k[index], self._kv.v[index],
+                rows.block_tables, rows.kv_lens, self._workspace,
+                qk_norm=layer.qk_norm, eps=spec.rms_eps, window=spec.windows[index],
+            )  # fmt: skip
+            out = multiply(layer.o, mixed.flatten(1), index, "o")
             x = add_rms_norm(out, hidden, layer.post_norm, spec.rms_eps)
             inner = silu_mul(multiply(layer.gate_up, x, index, "gate_up"))
             out = multiply(layer.down, inner, index, "down")
