@@ -245,7 +245,13 @@ def test_fields_without_effect_are_accepted(server: Server) -> None:
         tools=[],
         tool_choice="none",
         response_format={"type": "text"},
-        extra_body={"adapter_mode": "auto", "lora_path": "poet", "audio": None, "adapters": None},
+        extra_body={
+            "adapter_mode": "auto",
+            "lora_path": "poet",
+            "audio": None,
+            "adapters": None,
+            "return_cached_tokens_details": True,
+        },
     )
     assert answer.choices[0].message.content == "Hello, world"
 

@@ -70,7 +70,7 @@ def test_an_engines_process_that_is_killed_ends_the_server_too(tmp_path: Path) -
     with serving(tmp_path / "data", "--engine-process", "on") as server:
         assert server.answer("pirate") == ANSWERS["pirate"]
         (engine,) = children_of(server.process.pid)
-        with server.user.stream("POST", "/v1/chat/completions", json=long_body(stream=True)) as answer:
+        with server.user.stream("POST", "/v1/chat/completions", json=long_body(num_tokens=1900, stream=True)) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             os.kill(engine, signal.SIGKILL)

@@ -88,6 +88,9 @@ class GenerationRequest(Body):
     # SGLang's clients name the adapter here as well.
     lora_path: Label | None = None
 
+    # SGLang's benchmark asks for what the usage has anyway.
+    return_cached_tokens_details: bool | None = None
+
     # These change nothing about the answer, by their definition.
     user: Label | None = None
     metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = None
