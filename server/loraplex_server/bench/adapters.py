@@ -38,7 +38,8 @@ class AdaptersPlan:
 
     Loads are timed for each of ``ranks``, ``num_loads`` times. ``num_streams`` decode for ``stream_s`` seconds while a new
     adapter comes every ``load_every_s``. Then ``concurrency`` requests at a time go to each number of ``registered``
-    adapters of ``rate_rank``, chosen by Zipf's law with exponent ``zipf``; the first ``concurrency`` do not count.
+    adapters of ``rate_rank``, chosen by Zipf's law with exponent ``zipf``, for half to one and a half times
+    ``new_tokens``; the first and the last ``concurrency`` of them do not count.
     """
 
     ranks: tuple[int, ...] = (8, 16, 64)
@@ -100,7 +101,7 @@ class _Bench:
         self._bytes = {rank: adapter_bytes(spec, dtype, rank) for rank in plan.all_ranks}
         largest = adapter_bytes(spec, dtype, -(-max(plan.all_ranks) // 8) * 8)
         self._device_bytes = plan.device_adapters * largest + _SPARE_BYTES
-        max_tokens = plan.prompt_tokens + max(plan.new_tokens, self.stream_tokens)
+        max_tokens = plan.prompt_tokens + max(plan.new_tokens * 3 // 2, self.stream_tokens)
         max_running = max(plan.concurrency, plan.num_streams)
         limits = EngineLimits(
             max_model_len=max_tokens,
@@ -328,13 +329,14 @@ def _serve(bench: _Bench, plan: AdaptersPlan, names: list[str]) -> tuple[float, 
     submitted: dict[str, float] = {}
     first: list[float] = []
     copies: Counter[str] = Counter()
-    waiting = iter(names)
+    waiting, lengths = iter(names), random.Random(plan.seed)
     num_done, began = 0, 0.0
 
     def submit() -> None:
         name = next(waiting, None)
         if name is not None:
-            request = bench.request(name, plan.new_tokens)
+            # Of different lengths, or all would start and end together and their prompts be read in one step.
+            request = bench.request(name, lengths.randint((plan.new_tokens + 1) // 2, plan.new_tokens * 3 // 2))
             submitted[request.id] = time.perf_counter()
             bench.send(Submit(request))
 

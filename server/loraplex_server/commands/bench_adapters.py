@@ -56,7 +56,7 @@ def adapters(
     requests: Annotated[
         int, typer.Option(min=1, help="Requests that count, for each number of adapters.", rich_help_panel=_RATE)
     ] = 400,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Of each of them.", rich_help_panel=_RATE)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of each of them, on average.", rich_help_panel=_RATE)] = 64,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of every request.")] = 128,
     device_adapters: Annotated[
         int,

@@ -4,6 +4,7 @@ On a GPU it is page-locked. Locking a fresh piece holds up launches on every thr
 pages of 4 KB, 5 ms in large pages), so pieces are made of large pages, ahead of their use, and kept.
 """
 
+import ctypes
 import mmap
 import threading
 import weakref
@@ -16,8 +17,10 @@ from torch import Tensor
 from loraplex_server.engine.extents import Extent, Extents
 
 SEGMENT_BYTES: Final = 256 * 2**20
-# Pinned ahead of its use: locking it while requests run would cost each of these segments a step of 16 ms more.
-_AHEAD_BYTES: Final = 2 * 2**30
+# Locking a segment holds up whatever is launched meanwhile for some 16 ms. So a quarter of the limit, up to this, is locked
+# before there are requests, and then a little more whenever what is left would not last for long.
+_FIRST_BYTES: Final = 8 * 2**30
+_NUM_LEFT: Final = 2
 
 
 class Segment(Extents):
@@ -87,8 +90,10 @@ class HostMemory:
         """New segments, where few are left that are empty; their memory should be made before an image needs it."""
         usual = SEGMENT_BYTES // self._dtype.itemsize
         num_empty = sum(segment.is_empty for segment in self._segments)
-        ahead = _AHEAD_BYTES // SEGMENT_BYTES if self._pinned else 1
-        return [self._add(1) for _ in range(num_empty, min(ahead, num_empty + max(self._num_left, 0) // usual))]
+        wanted = _NUM_LEFT if self._pinned else 1
+        if self._pinned and not self._segments:
+            wanted = max(wanted, min(_FIRST_BYTES, self._limit * self._dtype.itemsize // 4) // SEGMENT_BYTES)
+        return [self._add(1) for _ in range(min(wanted - num_empty, max(self._num_left, 0) // usual))]
 
     @property
     def _num_left(self) -> int:
@@ -107,7 +112,8 @@ def _pinned(num_elements: int, *, dtype: torch.dtype) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(pages, dtype=dtype)
-    data.zero_()  # before they are locked: nobody waits for this
+    # Brought in before they are locked, by one thread and without the interpreter's lock: nobody waits for this.
+    ctypes.memset(data.data_ptr(), 0, data.nbytes)
     runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     address, size = data.data_ptr(), data.nbytes
     if int(runtime.cudaHostRegister(address, size, 0)) != 0:
