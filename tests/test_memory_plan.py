@@ -33,7 +33,8 @@ DEFAULTS = EngineConfig(
     max_running=64,
     max_waiting=512,
     max_waiting_tokens=1_000_000,
-    max_batched_tokens=2048,
+    max_batched_tokens=None,
+    max_mixed_tokens=1024,
     prefix_cache=True,
     seed=0,
     process="auto",
@@ -57,6 +58,17 @@ def test_all_parts_fit_into_what_is_free(device_gib: float) -> None:
     assert limits.adapter_bytes <= 8 * GIB
     assert limits.max_model_len <= (limits.kv_blocks - 1) * limits.block_size
     assert limits.max_model_len <= LLAMA_8B.context_length
+
+
+@pytest.mark.parametrize(("device_gib", "tokens"), [(120, 8192), (25, 4096), (12, 2048)])
+def test_steps_are_as_large_as_the_device_is(device_gib: float, tokens: int) -> None:
+    assert plan(device_gib).max_batched_tokens == tokens
+    assert plan(device_gib, max_batched_tokens=512).max_batched_tokens == 512
+    assert plan(device_gib, device="cpu").max_batched_tokens == 2048
+
+
+def test_a_step_has_room_for_every_running_sequence() -> None:
+    assert plan(24, device="cpu", max_running=4096).max_batched_tokens == 4096
 
 
 def test_what_is_asked_for_is_given() -> None:

@@ -78,6 +78,7 @@ NamedSources = Annotated[list[Annotated[str, AfterValidator(_named_source)]], No
 Paths = Annotated[list[Path], NoDecode, BeforeValidator(_items)]
 Size = Annotated[int, BeforeValidator(_size), Field(ge=1)]
 AutoSize = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_size_or_auto)]
+AutoTokens = Annotated[Annotated[int, Field(ge=16, le=1_000_000)] | None, BeforeValidator(_length_or_auto)]
 AutoLength = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_length_or_auto)]
 
 
@@ -170,8 +171,17 @@ class ServeSettings(BaseSettings):
     max_waiting_tokens: int = Field(
         1_000_000, ge=1, description="Most prompt tokens in the queue; more are answered 429."
     )
-    max_batched_tokens: int = Field(
-        2048, ge=16, le=1_000_000, description="Most tokens in one step; longer prompts are computed in pieces."
+    max_batched_tokens: AutoTokens = Field(
+        None,
+        description="Most tokens in one step; longer prompts are computed in pieces. auto takes up to 8192 on a GPU, as "
+        "its memory allows, and 2048 on a CPU.",
+    )
+    max_mixed_tokens: int = Field(
+        1024,
+        ge=16,
+        le=1_000_000,
+        description="Most prompt tokens in a step that also decodes: fewer keep running answers fluent, more shorten "
+        "the wait for new ones.",
     )
     prefix_cache: bool = Field(True, description="Whether to reuse the KV cache of equal beginnings of prompts.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of requests that bring none.")
@@ -190,7 +200,7 @@ class ServeSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _one_step_fits(self) -> "ServeSettings":
-        if self.max_batched_tokens < self.max_running:
+        if self.max_batched_tokens is not None and self.max_batched_tokens < self.max_running:
             raise ValueError(
                 f"--max-batched-tokens ({self.max_batched_tokens}) must be at least --max-running ({self.max_running}): "
                 "each running sequence takes a token of every step"
@@ -224,6 +234,7 @@ class ServeSettings(BaseSettings):
                 max_waiting=self.max_waiting,
                 max_waiting_tokens=self.max_waiting_tokens,
                 max_batched_tokens=self.max_batched_tokens,
+                max_mixed_tokens=self.max_mixed_tokens,
                 prefix_cache=self.prefix_cache,
                 seed=self.seed,
                 process=self.engine_process,

@@ -14,6 +14,8 @@ GIB = 2**30
 _ADAPTER_SHARE, _ADAPTER_MOST = 0.25, 8 * GIB
 _CPU_ADAPTERS, _CPU_KV_SHARE, _CPU_KV_MOST = GIB // 2, 0.25, 2 * GIB
 _HOST_SHARE, _HOST_MOST = 0.25, 64 * GIB
+# Tokens of a step, where nobody says: on a GPU the most whose activations take no more than a share of what is free.
+_STEP_TOKENS, _STEP_SHARE, _FEWEST_STEP_TOKENS = (8192, 4096), 0.1, 2048
 
 
 class TooLittleMemory(Exception):
@@ -53,7 +55,8 @@ def plan_memory(
     ``max_len``: the longest sequence asked for; None takes what the model and the KV cache allow.
     """
     on_gpu = device.type == "cuda"
-    left = machine.device_free - (_activation_bytes(config, spec, dtype) if on_gpu else 0)
+    step_tokens = config.max_batched_tokens or _step_tokens(config, spec, dtype, machine if on_gpu else None)
+    left = machine.device_free - (_activation_bytes(config, spec, dtype, step_tokens) if on_gpu else 0)
     adapters = config.adapter_bytes or (min(int(left * _ADAPTER_SHARE), _ADAPTER_MOST) if on_gpu else _CPU_ADAPTERS)
     block_bytes = config.block_size * kv_bytes_per_token(spec, dtype)
     kv = config.kv_cache_bytes
@@ -84,7 +87,8 @@ def plan_memory(
         adapter_bytes=adapters,
         host_adapter_bytes=host,
         max_running=config.max_running,
-        max_batched_tokens=config.max_batched_tokens,
+        max_batched_tokens=step_tokens,
+        max_mixed_tokens=config.max_mixed_tokens,
         prefix_cache=config.prefix_cache,
         seed=config.seed,
     )
@@ -95,10 +99,20 @@ def kv_bytes_per_token(spec: ModelSpec, dtype: torch.dtype) -> int:
     return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
-def _activation_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> int:
-    """What one full step needs at its widest, with room for the allocator: the MLP's inner rows, the logits of every
-    sequence in float32 a few times over (filters, noise), and one dequantized matrix."""
-    rows = config.max_batched_tokens * (3 * spec.intermediate_size + 6 * spec.hidden_size) * dtype.itemsize
+def _step_tokens(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, machine: Machine | None) -> int:
+    """Tokens of a step on a GPU, or on a CPU (``machine`` None)."""
+    fits = (
+        tokens
+        for tokens in _STEP_TOKENS
+        if machine and _activation_bytes(config, spec, dtype, tokens) <= _STEP_SHARE * machine.device_free
+    )
+    return max(next(fits, _FEWEST_STEP_TOKENS), config.max_running)
+
+
+def _activation_bytes(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype, step_tokens: int) -> int:
+    """What one full step needs at its widest, with room for the allocator: the MLP's inner rows, shrunk rows of
+    adapters, the logits of every sequence in float32 a few times over (filters, noise), and one dequantized matrix."""
+    rows = step_tokens * (3 * spec.intermediate_size + 6 * spec.hidden_size + 2048) * dtype.itemsize
     logits = 6 * max(config.max_running, 256) * spec.vocab_size * 4
     largest = 2 * spec.intermediate_size * spec.hidden_size * dtype.itemsize
     return int(1.3 * (rows + logits + 2 * largest))

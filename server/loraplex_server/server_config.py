@@ -39,7 +39,8 @@ class EngineConfig:
     max_running: int
     max_waiting: int
     max_waiting_tokens: int
-    max_batched_tokens: int
+    max_batched_tokens: int | None
+    max_mixed_tokens: int
     prefix_cache: bool
     seed: int
     process: Literal["auto", "on", "off"]

@@ -3,6 +3,8 @@
 from tests.kernels.triton_support import DEVICE, DTYPES, assert_close, randn
 
 # isort: split
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -89,7 +91,7 @@ def test_random_segments_and_ranks(data: st.DataObject, num_rows: int) -> None:
     adapters = data.draw(st.lists(ranks, min_size=3, max_size=3))
     cuts = sorted(data.draw(st.sets(st.integers(0, num_rows), max_size=5)))
     slots = data.draw(st.permutations(range(3)))
-    bounds = zip(cuts, cuts[1:], strict=False)
+    bounds = itertools.pairwise(cuts)
     segments = [(start, stop, slots[i % 3]) for i, (start, stop) in enumerate(bounds) if i < 3]
     compare(part_sizes, adapters, segments, num_rows, torch.float32)
 

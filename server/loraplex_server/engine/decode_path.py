@@ -107,6 +107,7 @@ class DecodePath:
         self._position = np.zeros(max_rows, np.int32)
         self._slot = np.full(max_rows, -1, np.int32)
         self._steps_left = np.zeros(max_rows, np.int32)
+        self._num_preemptions = np.zeros(max_rows, np.int32)
         self._drawing = _GREEDY
 
     # --- whom it can serve ------------------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ class DecodePath:
             params = seq.request.sampling
             self._position[row] = len(seq.tokens) - 1
             self._slot[row] = seq.slot
+            self._num_preemptions[row] = seq.num_preemptions
             left = min(params.max_tokens - seq.num_output, self._max_model_len - len(seq.tokens))
             self._steps_left[row] = left
             self._staged_tables[row, : len(seq.block_ids)] = torch.tensor(seq.block_ids, dtype=torch.int32)
@@ -138,15 +140,23 @@ class DecodePath:
         torch.cuda.current_stream().synchronize()
         self._adapters.seat([seq.slot for seq in seqs], self._bucket())
 
+    def holds(self, seqs: Rows[Sequence]) -> bool:
+        """Whether these sequences and no others have rows, each at the position that comes next."""
+        if self.num_seated != len(seqs) or self.is_sparse():
+            return False
+        for seq in seqs:
+            row = self._row_of.get(id(seq), -1)
+            if row < 0 or self._num_preemptions[row] != seq.num_preemptions:
+                return False
+            if self._position[row] != len(seq.tokens) - 1:
+                return False
+        return True
+
     def unseat(self, seq: Sequence) -> None:
         """The sequence has ended or left; its row stays empty until the next seating."""
         row = self._row_of.pop(id(seq), None)
         if row is not None:
             self._seqs[row] = None
-
-    def clear(self) -> None:
-        """Empty all rows."""
-        self._seqs, self._row_of = [], {}
 
     @property
     def num_seated(self) -> int:

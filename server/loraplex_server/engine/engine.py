@@ -28,7 +28,7 @@ from loraplex_server.engine.messages import (
 from loraplex_server.engine.residency import AdapterResidency, Limits
 from loraplex_server.engine.runner import Runner
 from loraplex_server.engine.sampler import Sampled, Sampler
-from loraplex_server.engine.scheduler import Scheduler, SchedulerLimits
+from loraplex_server.engine.scheduler import DEFAULT_MIXED_TOKENS, Scheduler, SchedulerLimits
 from loraplex_server.engine.sequence import FinishReason, Request, Sequence
 from loraplex_server.engine.stepper import Stepper
 from loraplex_server.model.decoder import Decoder
@@ -47,7 +47,8 @@ class EngineLimits:
     """What the engine may use.
 
     kv_blocks blocks of block_size tokens; adapter bytes on the device and in host memory; max_running sequences at
-    once; max_batched_tokens a step; max_model_len tokens a sequence, prompt and answer together.
+    once; max_batched_tokens a step, of which prompts have at most max_mixed_tokens while others decode; max_model_len
+    tokens a sequence, prompt and answer together.
     """
 
     max_model_len: int
@@ -57,6 +58,7 @@ class EngineLimits:
     host_adapter_bytes: int
     max_running: int
     max_batched_tokens: int
+    max_mixed_tokens: int = DEFAULT_MIXED_TOKENS
     prefix_cache: bool = True
     fair_wait_s: float = 1.0
     seed: int = 0
@@ -108,7 +110,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks,
             self._residency,
-            SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.fair_wait_s),
+            SchedulerLimits(limits.max_running, limits.max_batched_tokens, limits.max_mixed_tokens, limits.fair_wait_s),
         )
         path, fused = build_decode_path(decoder, self._kv, self._residency, limits, eos_ids)
         self._stepper = Stepper(

@@ -11,11 +11,14 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from loraplex_server.engine.blocks import BlockPool
 from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.residency import AdapterLoadError, AdapterResidency
 from loraplex_server.engine.sequence import Sequence, Status
+
+DEFAULT_MIXED_TOKENS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,11 @@ class Chunk:
     def samples(self) -> bool:
         """True when this chunk reaches the end of what is known, so that the next token is sampled."""
         return self.start + self.length == len(self.seq.tokens)
+
+    @property
+    def decodes(self) -> bool:
+        """True for a token that the sequence sampled last, and needs nothing but its successor."""
+        return self.length == 1 and self.start >= self.seq.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +54,12 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """max_running sequences at once, max_batched_tokens a step, and how long an adapter without any running sequence
-    waits before a place is taken for it from the adapter that holds most."""
+    waits before a place is taken for it from the adapter that holds most. Beside sequences that decode, a step computes
+    at most max_mixed_tokens of prompts: their next token waits for it."""
 
     max_running: int
     max_batched_tokens: int
+    max_mixed_tokens: int = DEFAULT_MIXED_TOKENS
     fair_wait_s: float = 1.0
 
 
@@ -140,7 +150,10 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> tuple[Plan, list[tuple[Sequence, Failure]]]:
         """The next step, and the waiting sequences whose adapter could not be loaded."""
+        num_decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
         budget = self._limits.max_batched_tokens
+        if num_decoding:
+            budget = min(budget, num_decoding + self._limits.max_mixed_tokens)
         chunks: dict[int, Chunk] = {}
         # Decodes first: a long prompt must not delay everybody's next token.
         for seq in sorted(self.running, key=lambda s: (s.num_uncomputed > 1, s.arrival_s)):

@@ -79,24 +79,29 @@ class Stepper:
         plan, failed = self._scheduler.schedule(now_s)
         for seq, failure in failed:
             self._on_failure(seq, failure)
-        num_decode = sum(chunk.length == 1 and chunk.start >= chunk.seq.num_prompt for chunk in plan.chunks)
-        seqs = [chunk.seq for chunk in plan.chunks]
-        if self._path is not None and num_decode == len(seqs) and self._path.takes(seqs):
-            self._start_rows(self._path, seqs)
+        decoding = [chunk.seq for chunk in plan.chunks if chunk.decodes]
+        if self._path is not None and self._path.takes(decoding):
+            self._start_rows(self._path, decoding)
+            plan = Plan(tuple(chunk for chunk in plan.chunks if not chunk.decodes))
+        if not plan.chunks:
             return StepSize(0, num_read)
-        if plan.chunks:
-            self._run(plan)
-        return StepSize(plan.num_tokens - num_decode, num_decode + num_read)
+        num_decode = sum(chunk.decodes for chunk in plan.chunks)
+        return StepSize(plan.num_tokens - num_decode, num_decode + num_read + self._run(plan))
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: Plan) -> int:
+        """Run a plan; while it is under way, hand out the tokens of the decode rows launched before it, and count them."""
+        num_read = 0
         try:
-            result = self._runner.collect(self._runner.launch(plan))
+            launched = self._runner.launch(plan)
+            num_read = self._read_in_flight()
+            result = self._runner.collect(launched)
         except torch.OutOfMemoryError:
             self._shed(plan)
         except Exception as error:  # one step's failure must not take the engine down
             self._fail([chunk.seq for chunk in plan.chunks], error)
         else:
             self._postprocess(result)
+        return num_read
 
     def _shed(self, plan: Plan) -> None:
         """Out of device memory: give up the largest piece of work; the others run again in the next step."""
@@ -141,7 +146,8 @@ class Stepper:
         return StepSize(0, self._read_rows(in_flight))
 
     def _start_rows(self, path: DecodePath, seqs: list[Sequence]) -> None:
-        path.seat(seqs)
+        if not path.holds(seqs):
+            path.seat(seqs)
         self._steps_ahead = 0
         self._launch_rows(path, path.live(), fresh=True)
 
@@ -152,7 +158,8 @@ class Stepper:
         except Exception as error:  # as in _run
             self._fail(seqs, error)
             return
-        self._scheduler.charge(seqs)
+        if not fresh:  # a schedule has charged for them already
+            self._scheduler.charge(seqs)
         for seq in seqs:
             seq.num_computed += 1
 
@@ -160,9 +167,7 @@ class Stepper:
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is None or self._path is None:
             return 0
-        num_read = self._read_rows(in_flight)
-        self._path.clear()
-        return num_read
+        return self._read_rows(in_flight)
 
     def _read_rows(self, launched: LaunchedRows) -> int:
         try:
