@@ -36,7 +36,7 @@ from loraplex_server.bench.record import circumstances, write_csv
 from loraplex_server.bench.shapes import SHAPES
 from loraplex_server.collector import spare_what_is_there
 from loraplex_server.demo import DEMO_MODEL
-from loraplex_server.engine.host import EngineHost
+from loraplex_server.engine.host import EngineHost, EngineRecipe
 from loraplex_server.engine.process import EngineProcess
 from loraplex_server.engine.thread import EngineThread
 from loraplex_server.engine.worker import Worker
@@ -103,8 +103,8 @@ def _completion_tokens(tail: bytes | bytearray) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What is served: ``engine`` "thread" or "process" is scripted and hands out ``rate`` tokens a second; "shape" is a
-    real one with random weights and ``adapters`` adapters."""
+    """What is served, on a thread or in a process: a scripted engine that hands out ``rate`` tokens a second or, with a
+    ``shape``, a real one with random weights and ``adapters`` adapters."""
 
     engine: str
     streams: int
@@ -185,17 +185,19 @@ def _serve(commands: Connection, case: Case) -> None:
 
 
 def _parts(case: Case, folder: Path) -> tuple[Tokenizer, EngineHost]:
-    if case.engine == "shape":
+    recipe: EngineRecipe
+    if case.shape:
         write_config(folder, case.shape)
         write_tokenizer(folder, case.shape)
+        tokenizer = Tokenizer.load(folder)
         recipe = ShapeRecipe(
             folder, case.shape, default_device(), case.streams, case.tokens, case.adapters, folder / "alone.json"
         )
-        return Tokenizer.load(folder), EngineProcess(recipe)
-    tokenizer = Tokenizer.load(DEMO_MODEL)
-    printable = tuple(i for i in range(tokenizer.vocab_size) if tokenizer.token_text(i).strip().isalpha())
-    scripted = ScriptedRecipe(printable, case.rate)
-    return tokenizer, EngineThread(scripted) if case.engine == "thread" else EngineProcess(scripted)
+    else:
+        tokenizer = Tokenizer.load(DEMO_MODEL)
+        printable = tuple(i for i in range(tokenizer.vocab_size) if tokenizer.token_text(i).strip().isalpha())
+        recipe = ScriptedRecipe(printable, case.rate)
+    return tokenizer, EngineThread(recipe) if case.engine == "thread" else EngineProcess(recipe)
 
 
 def _obey(commands: Connection, server: uvicorn.Server, alone: Path) -> None:
@@ -222,7 +224,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "http_path.csv")
     args = parser.parse_args()
     if args.shape:
-        cases = [Case("shape", args.streams, args.tokens, 0, args.shape, adapters) for adapters in args.adapters]
+        size = (args.streams, args.tokens, 0.0, args.shape)
+        cases = [Case(engine, *size, adapters) for engine in args.engines for adapters in args.adapters]
     else:
         cases = [Case(engine, args.streams, args.tokens, rate) for engine in args.engines for rate in args.rates]
     rows = []
