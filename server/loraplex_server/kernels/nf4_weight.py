@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loraplex_server.kernels.nf4_quantize import can_quantize, quantize
 from loraplex_server.kernels.nf4_ref import (
     BLOCKSIZE,
     NESTED_BLOCKSIZE,
@@ -56,14 +57,16 @@ class Nf4Weight:
 
     @classmethod
     def quantize(cls, weight: Tensor, *, double_quant: bool = True) -> Nf4Weight:
-        """Quantize a [N, K] float matrix with bitsandbytes, blocksize 64.
+        """Quantize a [N, K] float matrix as bitsandbytes does, blocksize 64.
 
         Raises: Nf4FormatError if ``weight`` is not a matrix.
         """
-        from bitsandbytes.functional import quantize_4bit
-
         if weight.ndim != 2:
             raise Nf4FormatError(f"NF4 quantizes matrices; got shape {tuple(weight.shape)}")
+        if double_quant and can_quantize(weight):
+            return cls(shape=(weight.shape[0], weight.shape[1]), **quantize(weight)._asdict())
+        from bitsandbytes.functional import quantize_4bit
+
         packed, state = quantize_4bit(
             weight.contiguous(), blocksize=BLOCKSIZE, compress_statistics=double_quant, quant_type="nf4"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex_server.model.errors import BadCheckpoint, ModelNotFound, UnsupportedModel
+from loraplex_server.model.plain_config import llama3_inv_freq, plain_config
 
 FAMILIES: Final = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -63,7 +64,7 @@ class ModelSpec:
 
         Raises: UnsupportedModel for other families, activations, rope types; BadCheckpoint for values that do not fit.
         """
-        config = _transformers_config(raw)
+        config = _config(raw)
         family = str(config.model_type)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         if config.num_attention_heads % config.num_key_value_heads:
@@ -142,11 +143,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _transformers_config(raw: dict[str, Any]) -> Any:
-    """transformers' own reading of the config: its defaults and its names for what older configs called otherwise."""
+def _config(raw: dict[str, Any]) -> Any:
+    """The config's attributes as transformers names them: from the file alone where it leaves nothing open, else
+    transformers' own reading, with its defaults and its names for what older configs called otherwise."""
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedModel(f"model_type {family!r} is not served; supported: {', '.join(FAMILIES)}")
+    plain = plain_config(raw)
+    if plain is not None:
+        return plain
     from transformers import CONFIG_MAPPING
 
     try:
@@ -169,6 +174,8 @@ def _rope(config: Any, head_dim: int) -> Rope:
     if rope_type in ("default", "dynamic"):
         steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         inv_freq, scaling = 1.0 / (float(parameters["rope_theta"]) ** steps), 1.0
+    elif rope_type == "llama3":
+        inv_freq, scaling = llama3_inv_freq(parameters, head_dim), 1.0
     else:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
