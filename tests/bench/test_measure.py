@@ -15,6 +15,7 @@ from loraplex_server.bench.rig import BaseChoice, CaseFailed, Rig, RigSize, load
 from loraplex_server.bench.shapes import SHAPES, base_shape_of, spec_of
 from loraplex_server.cli import app
 from loraplex_server.commands.bench_options import Shape
+from loraplex_server.demo import DEMO_MODEL
 
 CPU = torch.device("cpu")
 
@@ -73,9 +74,20 @@ def test_prefill_writes_rows_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "prefill_tiny.png").exists()
 
 
+def test_a_model_on_this_machine_is_measured_as_it_is(tmp_path: Path) -> None:
+    done = bench(
+        *("decode", "--model", str(DEMO_MODEL), "--device", "cpu", "--cases", "2/2", "--prompt-tokens", "6"),
+        *("--new-tokens", "8", "--out", str(tmp_path)),
+    )
+    assert done.exit_code == 0, done.output
+    (row,) = rows_of(tmp_path / "decode_model.csv")
+    assert (row["shape"], row["source"]) == ("model", "model")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("decode", "--model", "no/such/folder"), "no config.json"),
         (("decode", "--cases", "8"), "'8' is no case"),
         (("decode", "--cases", "2/3"), "no more adapters than sequences"),
         (("decode", "--cases", ""), "empty list"),

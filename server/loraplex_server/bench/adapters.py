@@ -211,7 +211,7 @@ def _loads(bench: _Bench, plan: AdaptersPlan) -> Iterator[Row]:
         bench.push_off(rank)
         for name in bench.on_host(names):
             first.setdefault("first token, from host", []).append(_first_token(bench, name, seconds))
-        for what, values in (seconds | first).items():
+        for what, values in (seconds | dict(sorted(first.items()))).items():
             if values:
                 yield {"part": "load", "what": what, "rank": rank, "mb": bench.megabytes(rank), **_times(values)}
 

@@ -33,7 +33,8 @@ def _loads(axes: Any, rows: Sequence[Row]) -> None:
         _bars(axes, at, found, width * 0.94, _COLORS[i % len(_COLORS)], kind, upper="ms_p95")
     sizes = {row["rank"]: row["mb"] for row in rows}
     axes.set_xticks(range(len(ranks)), [f"rank {rank}\n{sizes[rank]} MB" for rank in ranks])
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_ylim(0, 1.4 * max((row["ms_p95"] for row in rows), default=1))
+    axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
     label_axes(axes, title="Loads, median (whisker: p95)", x_label="", y_label="milliseconds (lower is better)")
 
 
@@ -53,6 +54,8 @@ def _rates(axes: Any, rows: Sequence[Row]) -> None:
         at = (row["registered"], row["requests_per_s"])
         axes.annotate(label, at, textcoords="offset points", xytext=(0, 7), ha="center", fontsize=8)
     axes.set_xscale("log")
+    axes.set_xticks([row["registered"] for row in rows], [f"{row['registered']:,}" for row in rows])
+    axes.minorticks_off()
     axes.set_ylim(0, 1.2 * max((row["requests_per_s"] for row in rows), default=1))
     label_axes(axes, title="Requests, Zipf's law", x_label="registered adapters", y_label="requests a second")
 

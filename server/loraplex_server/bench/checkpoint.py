@@ -11,7 +11,7 @@ from torch import Tensor
 from loraplex_adapters import format as peft_format
 from loraplex_adapters.base import BaseShape
 from loraplex_adapters.format import AdapterWeights, LoraFactors
-from loraplex_server.bench.shapes import SHAPES, base_shape_of, spec_of
+from loraplex_server.bench.shapes import base_shape_of, config_of, spec_of
 from loraplex_server.model.tensor_names import tensor_shapes
 
 _SHARD_BYTES = 2 * 10**9
@@ -21,7 +21,7 @@ _STD = 0.02
 def write_config(folder: Path, shape: str) -> Path:
     """A folder with config.json alone, for ``load_format="dummy"``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+    (folder / "config.json").write_text(json.dumps(config_of(shape)))
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from loraplex_server.bench.plot import NoMatplotlib
 from loraplex_server.bench.record import circumstances, write_csv
@@ -52,7 +53,7 @@ class Output:
         """The table, the CSV and the picture."""
         if not self.rows:
             return
-        self._print_table()
+        self.show_table(self.columns, self.rows)
         where = circumstances(PACKAGES)
         for row in self.rows:
             row |= where
@@ -63,13 +64,14 @@ class Output:
         except NoMatplotlib as error:
             self.note(str(error))
 
-    def _print_table(self) -> None:
-        shown = [column for column in self.columns if any(row.get(column.key, "") != "" for row in self.rows)]
+    def show_table(self, columns: Sequence[Column], rows: Sequence[Row]) -> None:
+        """Rows under the titles of those columns that say something."""
+        shown = [column for column in columns if any(row.get(column.key, "") != "" for row in rows)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in shown:
-            table.add_column(column.title, justify="left" if column.key == "engine" else "right", overflow="fold")
-        for row in self.rows:
-            table.add_row(*(_cell(row.get(column.key, ""), column.digits) for column in shown))
+            table.add_column(column.title, justify="left" if column is shown[0] else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(_cell(row.get(column.key, ""), column.digits)) for column in shown))
         self.console.print(table)
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_server.bench.checkpoint import write_adapter, write_checkpoint, write_config
+from loraplex_server.bench.checkpoint import write_adapter
 from loraplex_server.bench.rig import BaseChoice
-from loraplex_server.bench.shapes import SHAPES
+from loraplex_server.bench.shapes import spec_of
 from loraplex_server.bench.tokenizer import write_tokenizer
 
 _START_S = 600.0
@@ -39,22 +39,22 @@ def own_server(choice: BaseChoice, ranks: Sequence[int], flags: Sequence[str], s
 
     Raises ServerNotStarted.
     """
-    make = write_checkpoint if choice.checkpoint else write_config
-    folder = make(scratch / choice.shape, choice.shape)
-    write_tokenizer(folder, int(SHAPES[choice.shape]["vocab_size"]))
+    folder = choice.folder(scratch)
+    if not choice.is_real:
+        write_tokenizer(folder, spec_of(choice.shape).vocab_size)
     adapters = {f"a{i}": scratch / f"a{i}" for i in range(len(ranks))}
     for (_, path), (i, rank) in zip(adapters.items(), enumerate(ranks), strict=True):
         write_adapter(path, choice.shape, rank=rank, seed=i)
     command = [sys.executable, "-m", "loraplex_server.cli", "serve", "--model", str(folder)]
     command += [
         "--served-model-name",
-        choice.shape,
+        choice.name,
         "--device",
         choice.device.type,
         "--quantization",
         choice.quantization,
     ]
-    command += ["--load-format", "auto" if choice.checkpoint else "dummy"]
+    command += ["--load-format", choice.load_format]
     command += ["--port", "0", "--log-format", "json", "--data-dir", str(scratch / "data")]
     if choice.dtype is not None:
         command += ["--dtype", str(choice.dtype).removeprefix("torch.")]
@@ -68,7 +68,7 @@ def own_server(choice: BaseChoice, ranks: Sequence[int], flags: Sequence[str], s
         process = subprocess.Popen([*command, *flags], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
         url = _await_ready(process, log_path)
-        yield OwnServer(url, choice.shape, tuple(adapters), time.perf_counter() - started)
+        yield OwnServer(url, choice.name, tuple(adapters), time.perf_counter() - started)
     finally:
         process.terminate()
         try:

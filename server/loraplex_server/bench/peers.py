@@ -180,7 +180,7 @@ def _measure(
         try:
             on_skip(f"{peer.name}:")
             for row in run(peer):
-                row |= {"shape": size.base.shape, "ratio": ratio(row, ours, keys, value)}
+                row |= {"shape": size.base.name, "ratio": ratio(row, ours, keys, value)}
                 rows.append(row)
                 on_row(row)
         except RuntimeError as error:

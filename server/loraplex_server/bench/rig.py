@@ -11,11 +11,12 @@ import torch
 
 from loraplex_adapters.format import AdapterWeights
 from loraplex_server.bench.checkpoint import random_adapter, write_checkpoint, write_config
+from loraplex_server.bench.shapes import SHAPES
 from loraplex_server.engine.engine import Engine, EngineLimits
 from loraplex_server.engine.messages import Submit, Warm
 from loraplex_server.engine.sequence import Request
 from loraplex_server.model.decoder import Decoder
-from loraplex_server.model.loader import load
+from loraplex_server.model.loader import LoadFormat, load
 
 _BLOCK_SIZE = 16
 _SPARE_BYTES = 64 << 20
@@ -29,13 +30,42 @@ class CaseFailed(Exception):
 
 @dataclass(frozen=True)
 class BaseChoice:
-    """Which base, and how it is held; ``dtype`` None: what suits the device. ``checkpoint``: written to disk and loaded, instead of made where it is needed."""
+    """Which base, and how it is held. ``shape``: a name in ``SHAPES``, or the folder of a model, which is loaded as it is.
+
+    ``dtype`` None: what suits the device. ``checkpoint``: random weights are written to disk and loaded, instead of made
+    where they are needed.
+    """
 
     shape: str
     device: torch.device
     quantization: Quantization = "nf4"
     dtype: torch.dtype | None = None
     checkpoint: bool = False
+
+    @property
+    def is_real(self) -> bool:
+        return self.shape not in SHAPES
+
+    @property
+    def name(self) -> str:
+        """What rows and files call it."""
+        return Path(self.shape).resolve().name if self.is_real else self.shape
+
+    @property
+    def source(self) -> str:
+        """Where its weights come from: a model, random ones in a checkpoint, or random ones made in place."""
+        return "model" if self.is_real else "checkpoint" if self.checkpoint else "dummy"
+
+    @property
+    def load_format(self) -> LoadFormat:
+        return "dummy" if self.source == "dummy" else "auto"
+
+    def folder(self, scratch: Path) -> Path:
+        """The model's folder; a random one is made below ``scratch``."""
+        if self.is_real:
+            return Path(self.shape)
+        make = write_checkpoint if self.checkpoint else write_config
+        return make(scratch / self.shape, self.shape)
 
 
 @dataclass(frozen=True)
@@ -50,10 +80,10 @@ class LoadedBase:
 
     def columns(self) -> dict[str, object]:
         return {
-            "shape": self.choice.shape,
+            "shape": self.choice.name,
             "quantization": self.choice.quantization,
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            "source": "checkpoint" if self.choice.checkpoint else "dummy",
+            "source": self.choice.source,
             "load_s": round(self.load_s, 2),
             "weights_gb": round(self.decoder.weight_bytes / 1e9, 3),
             "load_peak_gb": round(self.peak_bytes / 1e9, 3),
@@ -62,8 +92,7 @@ class LoadedBase:
 
 def load_base(choice: BaseChoice, scratch: Path) -> LoadedBase:
     """Load the base; files go below ``scratch``."""
-    make = write_checkpoint if choice.checkpoint else write_config
-    folder = make(scratch / choice.shape, choice.shape)
+    folder = choice.folder(scratch)
     on_gpu = choice.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -74,7 +103,7 @@ def load_base(choice: BaseChoice, scratch: Path) -> LoadedBase:
         device=choice.device,
         dtype=choice.dtype,
         quantization=choice.quantization,
-        load_format="auto" if choice.checkpoint else "dummy",
+        load_format=choice.load_format,
     )
     if on_gpu:
         torch.cuda.synchronize()

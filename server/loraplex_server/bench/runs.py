@@ -65,7 +65,7 @@ _ADAPTERS = (
 
 def run_decode(choice: BaseChoice, plan: DecodePlan, peer_names: Sequence[str], out: Path) -> Output:
     """``decode_SHAPE.csv`` and ``.png`` in ``out``."""
-    output = Output(out, f"decode_{choice.shape}", _DECODE)
+    output = Output(out, f"decode_{choice.name}", _DECODE)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
         base = _load(choice, Path(scratch), output)
         ours = decode.measure(base, plan, output.add)
@@ -79,7 +79,7 @@ def run_decode(choice: BaseChoice, plan: DecodePlan, peer_names: Sequence[str], 
 
 def run_prefill(choice: BaseChoice, plan: PrefillPlan, peer_names: Sequence[str], out: Path) -> Output:
     """``prefill_SHAPE.csv`` and ``.png`` in ``out``."""
-    output = Output(out, f"prefill_{choice.shape}", _PREFILL)
+    output = Output(out, f"prefill_{choice.name}", _PREFILL)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
         base = _load(choice, Path(scratch), output)
         ours = prefill.measure(base, plan, output.add)
@@ -93,7 +93,7 @@ def run_prefill(choice: BaseChoice, plan: PrefillPlan, peer_names: Sequence[str]
 
 def run_adapters(choice: BaseChoice, plan: AdaptersPlan, out: Path) -> Output:
     """``adapters_SHAPE.csv`` and ``.png`` in ``out``."""
-    output = Output(out, f"adapters_{choice.shape}", _ADAPTERS)
+    output = Output(out, f"adapters_{choice.name}", _ADAPTERS)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
         base = _load(choice, Path(scratch), output)
         most = max(plan.registered, default=0)
@@ -113,7 +113,7 @@ def _load(choice: BaseChoice, scratch: Path, output: Output) -> LoadedBase:
     if base.peak_bytes:
         held += f", {base.peak_bytes / 1e9:.2f} GB at the peak"
     name = torch.cuda.get_device_name() if choice.device.type == "cuda" else "the CPU"
-    output.note(f"{choice.shape} in {choice.quantization} on {name}: loaded in {base.load_s:.1f} s, {held}")
+    output.note(f"{choice.name} in {choice.quantization} on {name}: loaded in {base.load_s:.1f} s, {held}")
     return base
 
 

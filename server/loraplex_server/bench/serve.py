@@ -38,6 +38,13 @@ COLUMNS = (
     Column("ours is faster by", "ratio"),
 )
 
+_BY_MODEL = (
+    Column("model", "model"),
+    *(column for column in COLUMNS if column.key not in ("engine", "goodput", "ratio")),
+)
+# More models than this are for the file alone.
+_MOST_SHOWN = 16
+
 
 @dataclass(frozen=True)
 class Level:
@@ -52,12 +59,16 @@ class Level:
 
 @dataclass(frozen=True)
 class ServePlan:
-    """``load`` is measured at each of ``levels``; its own level, address and models stand for nothing."""
+    """``load`` is measured at each of ``levels``; its own level, address and models stand for nothing.
+
+    ``name``: of the files; ``engine``: what rows call the server.
+    """
 
     load: LoadPlan
     levels: tuple[Level, ...]
     slo: Slo
     name: str
+    engine: str
 
 
 class NoSuchServer(Exception):
@@ -85,12 +96,12 @@ def run_own(
     """On a server started for the run; afterwards the peers, at the levels of a closed loop."""
     output = Output(out, plan.name, COLUMNS)
     with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as scratch:
-        output.note(f"starting a server: {choice.shape}, {choice.quantization}, {len(ranks)} adapters ...")
+        output.note(f"starting a server: {choice.name}, {choice.quantization}, {len(ranks)} adapters ...")
         with own_server(choice, ranks, flags, Path(scratch)) as server:
             output.note(f"ready after {server.start_s:.1f} s at {server.url}")
             models = server.adapters or (server.base,)
             common = {
-                "shape": choice.shape,
+                "shape": choice.name,
                 "quantization": choice.quantization,
                 "ranks": " ".join(map(str, dict.fromkeys(ranks))),
                 "start_s": round(server.start_s, 2),
@@ -129,11 +140,13 @@ def _run_levels(plan: ServePlan, url: str, common: Mapping[str, object], output:
         load = replace(plan.load, url=url, concurrency=level.concurrency, rate=level.rate)
         with _progress(level, load, output) as show:
             summary = summarize(load, run_load(load, show), plan.slo or None)
-        output.add({"engine": "loraplex" if common else url, **_columns(level, load), **columns_of(summary), **common})
+        output.add({"engine": plan.engine, **_columns(level, load), **columns_of(summary), **common})
         by_model += [
             {"model": model, **_columns(level, load), **columns_of(part)} for model, part in summary.by_model.items()
         ]
     if len(plan.load.models) > 1:
+        if len(plan.load.models) <= _MOST_SHOWN:
+            output.show_table(_BY_MODEL, by_model)
         path = output.folder / f"{plan.name}_by_model.csv"
         where = circumstances(("loraplex",))
         write_csv(path, [row | where for row in by_model])
@@ -231,7 +244,7 @@ def _peer_row(peer: Peer, size: PeerSize, load: LoadPlan, concurrency: int, rows
         "requests_per_s": round(batches * concurrency / seconds, 3),
         "output_tokens_per_s": round(rate, 2),
         "ratio": round(ours[0]["output_tokens_per_s"] / rate, 2) if ours else "",
-        "shape": size.base.shape,
+        "shape": size.base.name,
     }
 
 

@@ -1,9 +1,10 @@
 """The shapes of real models: speed depends on them, not on the weights' values."""
 
+from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.base import BaseShape
-from loraplex_server.model.spec import ModelSpec
+from loraplex_server.model.spec import ModelSpec, read_config
 
 _COMMON: Final[dict[str, Any]] = {"hidden_act": "silu", "max_position_embeddings": 8192}
 _LLAMA: Final = _COMMON | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -75,9 +76,14 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
 """config.json by name."""
 
 
+def config_of(shape: str) -> dict[str, Any]:
+    """The config.json of a name in ``SHAPES``, or of the model in a folder. Raises: ModelError."""
+    return SHAPES[shape] if shape in SHAPES else read_config(Path(shape))
+
+
 def spec_of(shape: str) -> ModelSpec:
     """What a decoder of this shape computes."""
-    return ModelSpec.from_config(SHAPES[shape])
+    return ModelSpec.from_config(config_of(shape))
 
 
 def base_shape_of(shape: str) -> BaseShape:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loraplex_server.bench.cases import Load
 from loraplex_server.bench.peers import PeerSize, PeerUnavailable
 from loraplex_server.bench.rig import Quantization
-from loraplex_server.bench.shapes import SHAPES
+from loraplex_server.bench.shapes import config_of
 from loraplex_server.model.loader import pick_dtype
 
 _STD = 0.02
@@ -82,7 +82,7 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device, quantizat
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    raw = dict(SHAPES[shape])
+    raw = dict(config_of(shape))
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -15,7 +15,7 @@ from loraplex_server.bench.cases import Load
 from loraplex_server.bench.checkpoint import write_adapter, write_checkpoint
 from loraplex_server.bench.peers import PeerSize, PeerUnavailable
 from loraplex_server.bench.rig import Quantization
-from loraplex_server.bench.shapes import SHAPES
+from loraplex_server.bench.shapes import config_of
 
 # With compilation and graph capture a start takes one to two minutes.
 _START_S, _RUN_S = 600, 600
@@ -43,7 +43,7 @@ class VllmPeer:
         if size.base.device.type != "cuda":
             raise PeerUnavailable("it is measured on a GPU only")
         self.name = f"vllm {version('vllm')}, {'NF4' if quantization == 'nf4' else 'bfloat16'}"
-        self._vocab_size = int(SHAPES[size.base.shape]["vocab_size"])
+        self._vocab_size = int(config_of(size.base.shape)["vocab_size"])
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, _written(size, quantization)))

@@ -14,6 +14,7 @@ from loraplex_server.commands.bench_options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ModelOption,
     OutOption,
     PeersOption,
     Quantization,
@@ -65,6 +66,7 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=8, help="Decode steps of each case.")] = 64,
     peers: PeersOption = "",
+    model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.AUTO,
@@ -97,7 +99,7 @@ def decode(
         new_tokens=new_tokens,
         seed=seed,
     )
-    choice = base_choice(shape, quantization, dtype, device, checkpoint)
+    choice = base_choice(shape, quantization, dtype, device, checkpoint, model)
     guarded(lambda: run_decode(choice, plan, peer_names(peers), out))
 
 
@@ -112,6 +114,7 @@ def prefill(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each case, after one that does not count.")] = 3,
     max_batched_tokens: Annotated[int, typer.Option(min=16, help="Tokens of one step, as of `loraplex serve`.")] = 2048,
     peers: PeersOption = "",
+    model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.AUTO,
@@ -140,7 +143,7 @@ def prefill(
         max_batched_tokens=max_batched_tokens,
         seed=seed,
     )
-    choice = base_choice(shape, quantization, dtype, device, checkpoint)
+    choice = base_choice(shape, quantization, dtype, device, checkpoint, model)
     guarded(lambda: run_prefill(choice, plan, peer_names(peers), out))
 
 

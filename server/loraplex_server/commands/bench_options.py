@@ -46,6 +46,16 @@ class Dtype(StrEnum):
 
 
 ShapeOption = Annotated[Shape, typer.Option(help="Whose shape the random base has.", rich_help_panel="Base")]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER",
+        help="A model on this machine instead of random weights; adapters stay random.",
+        show_default=False,
+        rich_help_panel="Base",
+    ),
+]
 QuantizationOption = Annotated[Quantization, typer.Option(help="How the base is held.", rich_help_panel="Base")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of activations and adapters.", rich_help_panel="Base")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU if there is one.", rich_help_panel="Base")]
@@ -73,7 +83,14 @@ SeedOption = Annotated[int, typer.Option(help="Of prompts and adapters.")]
 DEFAULT_OUT = Path("bench-results")
 
 
-def base_choice(shape: Shape, quantization: Quantization, dtype: Dtype, device: Device, checkpoint: bool) -> BaseChoice:
+def base_choice(
+    shape: Shape,
+    quantization: Quantization,
+    dtype: Dtype,
+    device: Device,
+    checkpoint: bool,
+    model: Path | None = None,
+) -> BaseChoice:
     """The options of the panel "Base" as a value."""
     import torch
 
@@ -81,9 +98,12 @@ def base_choice(shape: Shape, quantization: Quantization, dtype: Dtype, device: 
 
     if device is Device.CUDA and not torch.cuda.is_available():
         fail("this machine has no GPU that torch can use; leave --device out to measure its CPU", EXIT_USAGE)
+    if model is not None and not (model / "config.json").is_file():
+        fail(f"{model} is no model: it has no config.json", EXIT_USAGE)
     where = device.value if device is not Device.AUTO else "cuda" if torch.cuda.is_available() else "cpu"
     chosen_dtype = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
-    return BaseChoice(shape.value, torch.device(where), quantization.value, chosen_dtype, checkpoint)
+    base = shape.value if model is None else str(model)
+    return BaseChoice(base, torch.device(where), quantization.value, chosen_dtype, checkpoint)
 
 
 def parsed(text: str, parse: Callable[[str], T]) -> tuple[T, ...]:

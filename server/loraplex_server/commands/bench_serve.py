@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from loraplex_server.commands.bench_options import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    ModelOption,
     OutOption,
     PeersOption,
     Quantization,
@@ -62,6 +64,14 @@ def serve(
         typer.Option(
             metavar="NAME,NAME",
             help="With --url: what requests name; all that the server lists if left out.",
+            show_default=False,
+            rich_help_panel=_SERVER,
+        ),
+    ] = "",
+    label: Annotated[
+        str,
+        typer.Option(
+            help="With --url: what tables and files call the server; its address if left out.",
             show_default=False,
             rich_help_panel=_SERVER,
         ),
@@ -150,6 +160,7 @@ def serve(
     ] = "",
     shape: ShapeOption = Shape.TINY,
     ranks: RanksOption = "16",
+    model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = Device.AUTO,
@@ -201,12 +212,15 @@ def serve(
         if url is not None:
             if peers:
                 fail("--peers are measured beside a server of our own; leave --url out", EXIT_USAGE)
-            run_against(ServePlan(plan(url), levels, _slo(slo), "serve"), models.replace(",", " ").split(), out)
+            name = f"serve_{re.sub(r'[^a-zA-Z0-9.-]+', '-', label)}" if label else "serve"
+            run_against(
+                ServePlan(plan(url), levels, _slo(slo), name, label or url), models.replace(",", " ").split(), out
+            )
             return
         from loraplex_server.bench.cases import spread_ranks
 
-        choice = base_choice(shape, quantization, dtype, device, checkpoint)
-        serving = ServePlan(plan("http://own"), levels, _slo(slo), f"serve_{shape.value}")
+        choice = base_choice(shape, quantization, dtype, device, checkpoint, model)
+        serving = ServePlan(plan("http://own"), levels, _slo(slo), f"serve_{choice.name}", "loraplex")
         flags = ["--max-running", str(max(longest, 16)), *shlex.split(serve_flags)]
         run_own(serving, choice, spread_ranks(parsed(ranks, positive), adapters), flags, peer_names(peers), out)
 
