@@ -144,6 +144,7 @@ class AdapterResidency:
             self._refile(entry)
             if entry.num_expected == 0:
                 self._calm(entry)
+                self._forget_if_empty(entry)
 
     def acquire(self, digest: str, *, urgent: bool = False) -> int | None:
         """Hold an adapter for one sequence: its slot, or None while it is on its way or has no room.
