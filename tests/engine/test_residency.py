@@ -272,3 +272,14 @@ def test_the_first_asked_for_come_first_and_only_a_few_at_a_time() -> None:
     assert opened == names
     assert all(residency.is_resident(name) for name in names)
     residency.close()
+
+
+def test_nothing_is_kept_of_an_adapter_that_failed_once_those_who_waited_were_told() -> None:
+    residency = small_residency({})
+    residency.expect("gone")
+    settle(residency)
+    with pytest.raises(AdapterLoadError):
+        residency.acquire("gone")
+    residency.dismiss("gone")
+    assert not residency.is_known("gone")
+    residency.close()
