@@ -49,6 +49,8 @@ class DeviceTier:
         self._idle: OrderedDict[str, Resident] = OrderedDict()  # least recently used first, as the next
         self._awaited: OrderedDict[str, Resident] = OrderedDict()
         self._evicted: list[str] = []
+        self.num_changes = 0
+        """Counts whatever may give room to one that found none."""
         self._on_gpu = device.type == "cuda"
         # Where kernels find the factors; set where there are such kernels.
         self.tables: SlotTables | None = None
@@ -99,6 +101,7 @@ class DeviceTier:
         """The copy has ended: the adapter gets its slot."""
         resident = self._residents[digest]
         resident.extent.held = False
+        self.num_changes += 1
         resident.slot = self._slots.take()
         self._by_slot[resident.slot] = resident
         self._tell(resident)
@@ -109,6 +112,7 @@ class DeviceTier:
         if resident is None:
             return 0
         self.hold(digest)
+        self.num_changes += 1
         self._arena.free(resident.extent)
         self._mark_free()
         if resident.slot >= 0:
@@ -131,6 +135,7 @@ class DeviceTier:
     def let_go(self, digest: str, *, awaited: bool) -> None:
         """Nobody uses the adapter now; it counts as used just before."""
         self.hold(digest)
+        self.num_changes += 1
         (self._awaited if awaited else self._idle)[digest] = self._residents[digest]
 
     # --- making room ------------------------------------------------------------------------------------------------
