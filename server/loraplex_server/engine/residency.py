@@ -100,6 +100,8 @@ class AdapterResidency:
         self._to_send: deque[_Entry] = deque()
         self._num_under_way = dict.fromkeys(_Phase, 0)
         self._num_urgent = 0
+        # Who found no room on the device, and when: asking again is of no use before something there has changed.
+        self._no_room: tuple[_Entry, int, int] | None = None
         self._fresh: list[_Entry] = []
         self._changed: set[str] = set()
         self._lock_ahead()
@@ -381,12 +383,16 @@ class AdapterResidency:
         return True
 
     def _send(self, entry: _Entry) -> bool:
+        asked = (entry, self._num_urgent, self._device.num_changes)
+        if asked == self._no_room:
+            return False
         image = self._host.get(entry.digest)
         assert image is not None
         extent = self._device.reserve(entry.digest, image.layout, urgent=self._num_urgent > 0)
         for digest in self._device.take_evicted():
             self._changed_tier(digest)
         if extent is None:
+            self._no_room = asked
             return False
         target = self._device.arena.view(extent)
         self._copies.to_device(entry, entry.digest, image, target, self._device.free_since)
