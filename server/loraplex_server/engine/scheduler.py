@@ -204,8 +204,7 @@ class Scheduler:
         failed: list[tuple[Sequence, Failure]] = []
         self._out_of_blocks = False
         # By service received, then by who has waited longest. A line that cannot go on in this step leaves.
-        open_lines = [(*line.turn, key) for key, line in self._lines.items() if line.waiting]
-        heapq.heapify(open_lines)
+        open_lines = self._open_lines(now_s)
         while budget > 0 and open_lines:
             key = open_lines[0][-1]
             line = self._lines[key]
@@ -244,6 +243,21 @@ class Scheduler:
             else:
                 heapq.heappop(open_lines)
         return failed
+
+    def _open_lines(self, now_s: float) -> list[tuple[float, float, str]]:
+        """A heap of the lines that wait, by ``turn``; of a full batch's, those alone that have waited for long."""
+        lines = self._lines.items()
+        if len(self.running) < self._limits.max_running:
+            found = [(*line.turn, key) for key, line in lines if line.waiting]
+        else:
+            since_s = now_s - self._limits.fair_wait_s
+            found = [
+                (*line.turn, key)
+                for key, line in lines
+                if line.num_running == 0 and line.waiting and line.waiting[0].arrival_s < since_s
+            ]
+        heapq.heapify(found)
+        return found
 
     def _yield_place(self, chunks: dict[int, Chunk]) -> bool:
         """Preempt the newest sequence of the adapter that runs most, if it runs more than one."""
