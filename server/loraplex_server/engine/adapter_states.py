@@ -11,7 +11,7 @@ class AdapterStates:
 
     def __init__(self) -> None:
         self._states: dict[str, AdapterState] = {}
-        self._with_requests: set[str] = set()
+        self._counts: Mapping[str, tuple[int, int]] = {}
 
     def now(self, residency: AdapterResidency, counts: Mapping[str, tuple[int, int]]) -> Mapping[str, AdapterState]:
         """The states of all adapters that are in memory or have requests.
@@ -21,7 +21,9 @@ class AdapterStates:
         """
         # Copied once a report: a microsecond for a hundred adapters, where making their states anew takes a hundred.
         states = self._states.copy()
-        for digest in residency.take_changed() | self._with_requests | counts.keys():
+        before = self._counts
+        recounted = {digest for digest, count in counts.items() if before.get(digest) != count}
+        for digest in residency.take_changed() | recounted | (before.keys() - counts.keys()):
             if digest in counts or residency.is_known(digest):
                 tier, num_bytes, pinned = residency.where(digest)
                 running, waiting = counts.get(digest, (0, 0))
@@ -30,6 +32,6 @@ class AdapterStates:
                     states[digest] = state
             else:
                 states.pop(digest, None)
-        self._with_requests = set(counts)
+        self._counts = counts
         self._states = states
         return states
