@@ -111,6 +111,12 @@ def _check(parts: Sequence[Part], method: CombineMethod, rank: int | None, densi
         raise InvalidAdapter(f"A combination takes 1 to {MAX_PARTS} adapters, not {len(parts)}.", code="combine_parts")
     if any(not abs(part.weight) <= 1e6 for part in parts):  # also NaN
         raise InvalidAdapter("Weights of a combination must be numbers between -1e6 and 1e6.", code="combine_weight")
+    if not all(part.weights.is_plain for part in parts):
+        raise InvalidAdapter(
+            "An adapter with DoRA, trained biases, tokens or whole modules, or LoRA on embeddings or head, is no sum of "
+            "low-rank updates and cannot be combined.",
+            code="combine_beyond_lora",
+        )
     if method is CombineMethod.CONCAT and rank is not None:
         raise InvalidAdapter(
             "concat keeps every rank, which is what makes it exact; use svd for a chosen rank.", code="combine_rank"

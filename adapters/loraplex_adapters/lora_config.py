@@ -3,12 +3,12 @@
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loraplex_adapters.base import LINEARS, BaseShape, ModuleKey, module_path
+from loraplex_adapters.base import EMBED, FUSED_LINEARS, HEAD, LINEARS, BaseShape, ModuleKey, module_path
 from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from loraplex_adapters.patterns import ModulePatterns
 
@@ -30,6 +30,12 @@ _READ = {
     "layers_to_transform",
     "layers_pattern",
     "init_lora_weights",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
 }
 # Only training, or the library itself, reads these.
 _HARMLESS = {
@@ -45,14 +51,10 @@ _HARMLESS = {
     "corda_config",
     "lora_ga_config",
     "velora_config",
-    "ensure_weight_tying",
     "runtime_config",
+    "unsloth_fixed",
 }
 _FEATURES = {
-    "use_dora": ("dora", "DoRA"),
-    "modules_to_save": ("modules_to_save", "whole modules trained beside LoRA"),
-    "lora_bias": ("lora_bias", "a bias in LoRA B"),
-    "trainable_token_indices": ("trainable_tokens", "trained token embeddings"),
     "fan_in_fan_out": ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
     "megatron_config": ("megatron", "Megatron parallel layers"),
     "alora_invocation_tokens": ("alora", "activated LoRA"),
@@ -82,6 +84,12 @@ class LoraConfig:
     exclude_modules: frozenset[str] | str | None
     layers_to_transform: frozenset[int] | None
     base_model_name: str | None
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: frozenset[str] = frozenset()
+    token_indices: Mapping[ModuleKey, tuple[int, ...]] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     @cached_property
     def _alphas(self) -> ModulePatterns:
@@ -114,8 +122,14 @@ class LoraConfig:
         target = frozenset(LINEARS) if self.target_modules == "all-linear" else self.target_modules
         if target is None or isinstance(target, str):
             return None
-        modules = [(layer, linear) for layer in range(base.num_layers) for linear in base.linears]
-        return frozenset(module for module in modules if self._targets(target, module))
+        names = (*base.linears, *FUSED_LINEARS)
+        modules = [(layer, linear) for layer in range(base.num_layers) for linear in names]
+        return frozenset(module for module in (*modules, EMBED, HEAD) if self._targets(target, module))
+
+    def saves(self, module: ModuleKey) -> bool:
+        """Whether the config says that this module was trained whole (by the end of its path, as peft matches)."""
+        path = module_path(*module)
+        return any(path.endswith(name) for name in self.modules_to_save)
 
     def _targets(self, names: Collection[str], module: ModuleKey) -> bool:
         path = module_path(*module)
@@ -185,11 +199,9 @@ def _refuse_features(config: Mapping[str, Any]) -> None:
     for key, (code, feature) in _FEATURES.items():
         if config.get(key) not in (None, False, [], {}, ""):
             raise _not_served(key, feature, code)
-    if config.get("bias", "none") not in ("none", None):
-        raise _not_served("bias", "trained biases", "bias")
     _refuse_init(config.get("init_lora_weights", True))
     for key, value in config.items():
-        if key in _READ or key in _HARMLESS or key in _FEATURES or key == "bias":
+        if key in _READ or key in _HARMLESS or key in _FEATURES:
             continue
         if value is not None and value is not False and value not in ([], {}, ""):
             raise UnsupportedAdapter(
@@ -210,9 +222,11 @@ def _refuse_init(init: Any) -> None:
         return
     if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
         raise UnsupportedAdapter(
-            f"{CONFIG_NAME} says init_lora_weights={init[:40]!r}: that start changes the base's weights, and the adapter "
-            "fits only the changed base. Convert it to plain LoRA: save_pretrained("
-            "path_initial_model_for_weight_conversion=...) in peft.",
+            f"{CONFIG_NAME} says init_lora_weights={init[:40]!r}: training began by taking this start out of the base's "
+            "weights, so the adapter fits only that changed base. Convert it to plain LoRA with peft: save the untrained "
+            "adapter, with init_lora_weights=true in its config, before training, and after it call "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=<the untrained adapter>). The outcome has twice "
+            "the rank and is served exactly.",
             code="init_changes_base",
         )
     raise UnsupportedAdapter(
@@ -231,6 +245,12 @@ def _lora_config(config: Mapping[str, Any]) -> LoraConfig:
         exclude_modules=_names("exclude_modules", config) or None,
         layers_to_transform=_layers(config),
         base_model_name=_text(config.get("base_model_name_or_path")),
+        use_dora=_flag("use_dora", config.get("use_dora")),
+        lora_bias=_flag("lora_bias", config.get("lora_bias")),
+        bias=_bias(config.get("bias")),
+        modules_to_save=_modules_to_save(config),
+        token_indices=_token_indices(config.get("trainable_token_indices")),
+        ensure_weight_tying=_flag("ensure_weight_tying", config.get("ensure_weight_tying")),
     )
 
 
@@ -274,6 +294,42 @@ def _names(key: str, config: Mapping[str, Any]) -> frozenset[str] | str | None:
     if not isinstance(value, list) or len(value) > 10_000 or not all(isinstance(name, str) for name in value):
         raise _malformed(f"{key!r} must be a string or a list of at most 10000 strings")
     return frozenset(value)
+
+
+def _modules_to_save(config: Mapping[str, Any]) -> frozenset[str]:
+    names = _names("modules_to_save", config)
+    if isinstance(names, str):
+        raise _malformed("'modules_to_save' must be a list of strings")
+    if names and "" in names:
+        raise _malformed("'modules_to_save' holds an empty name")
+    return names or frozenset()
+
+
+def _bias(value: Any) -> str:
+    if value is None:
+        return "none"
+    if not isinstance(value, str) or value not in ("none", "all", "lora_only"):
+        raise _malformed(f"'bias' must be 'none', 'all' or 'lora_only', not {str(value)[:40]!r}")
+    return value
+
+
+def _token_indices(value: Any) -> dict[ModuleKey, tuple[int, ...]]:
+    """Trained tokens of the embeddings (a plain list means these) and of the head."""
+    if value is None or value in ([], {}):
+        return {}
+    found: dict[ModuleKey, tuple[int, ...]] = {}
+    for name, indices in value.items() if isinstance(value, dict) else [("embed_tokens", value)]:
+        module = {"embed_tokens": EMBED, "lm_head": HEAD}.get(str(name).rpartition(".")[2])
+        if module is None or module in found:
+            raise _malformed(
+                f"'trainable_token_indices' names {str(name)[:40]!r}; embed_tokens and lm_head have tokens"
+            )
+        if not isinstance(indices, list) or not all(type(index) is int and index >= 0 for index in indices):
+            raise _malformed("'trainable_token_indices' must give token ids")
+        if len(set(indices)) != len(indices) or not indices:
+            raise _malformed("'trainable_token_indices' must give at least one token, and none twice")
+        found[module] = tuple(indices)
+    return found
 
 
 def _layers(config: Mapping[str, Any]) -> frozenset[int] | None:

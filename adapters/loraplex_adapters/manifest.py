@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from loraplex_adapters.base import BaseShape, module_path
 from loraplex_adapters.errors import InvalidAdapter, WrongBase
-from loraplex_adapters.format import WEIGHTS_NAME, AdapterLayout, read_layout
+from loraplex_adapters.header import TensorInfo
+from loraplex_adapters.layout import WEIGHTS_NAME, AdapterLayout, read_layout
+from loraplex_adapters.tensor_names import TOKENS, A, B
 
 MANIFEST_NAME = "loraplex_adapter.json"
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -22,7 +25,8 @@ class Manifest:
     """Facts about one stored adapter.
 
     ``digest`` is 64 hex characters. ``ranks`` maps each targeted linear's name to its highest rank over the layers.
-    ``num_bytes`` counts the tensors as stored. ``created_at`` is Unix time in seconds.
+    ``num_bytes`` counts the tensors as stored. ``created_at`` is Unix time in seconds. ``features``: what it does beyond
+    plain LoRA, see ``AdapterLayout.features``.
     """
 
     digest: str
@@ -39,6 +43,7 @@ class Manifest:
     num_bytes: int
     created_at: float
     source: str | None
+    features: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
@@ -48,13 +53,19 @@ class Manifest:
         """Raises InvalidAdapter if ``text`` is no manifest."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            return cls(**{**fields, "target_modules": tuple(fields["target_modules"])})
+            return cls(
+                **{
+                    **fields,
+                    "target_modules": tuple(fields["target_modules"]),
+                    "features": tuple(fields.get("features", ())),
+                }
+            )
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InvalidAdapter(f"{MANIFEST_NAME} is not a manifest.", code="manifest_invalid") from None
 
 
 def digest_of(directory: Path, layout: AdapterLayout | None = None) -> str:
-    """SHA-256 over what the adapter computes: each module's scaling, and its factors' dtypes, shapes and bytes.
+    """SHA-256 over what the adapter computes: each module's scaling, its tensors' dtypes, shapes and bytes, and tokens.
 
     The order of tensors, metadata, their spelling of names and config keys without effect do not change it.
     """
@@ -63,18 +74,29 @@ def digest_of(directory: Path, layout: AdapterLayout | None = None) -> str:
     with (directory / WEIGHTS_NAME).open("rb") as file:
         for module in layout.modules:
             digest.update(f"{module_path(*module)} {layout.scalings[module].hex()}\n".encode())
-            for factor in "AB":
-                info = layout.tensors[module, factor][1]
-                digest.update(f"{factor} {info.dtype} {info.shape}\n".encode())
-                file.seek(info.begin)
-                left = info.end - info.begin
-                while left:
-                    chunk = file.read(min(left, _READ_BYTES))
-                    if not chunk:
-                        raise InvalidAdapter(f"{WEIGHTS_NAME} became shorter while it was read.", code="weights_broken")
-                    digest.update(chunk)
-                    left -= len(chunk)
+            for part in (A, B):
+                _add_tensor(digest, file, part, layout.tensors[module, part][1])
+        for module, part in sorted(key for key in layout.tensors if key[1] not in (A, B)):
+            tokens = layout.tokens_of(module) if part == TOKENS else ()
+            digest.update(f"{module_path(*module)} {part} {tokens}\n".encode())
+            _add_tensor(digest, file, part, layout.tensors[module, part][1])
+    if not layout.is_plain:
+        config = layout.config
+        saves = sorted(module_path(*module) for module, _ in layout.tensors if config.saves(module))
+        digest.update(f"tying {config.ensure_weight_tying} saves {saves}\n".encode())
     return digest.hexdigest()
+
+
+def _add_tensor(digest: "hashlib._Hash", file: BinaryIO, part: str, info: TensorInfo) -> None:
+    digest.update(f"{part} {info.dtype} {info.shape}\n".encode())
+    file.seek(info.begin)
+    left = info.end - info.begin
+    while left:
+        chunk = file.read(min(left, _READ_BYTES))
+        if not chunk:
+            raise InvalidAdapter(f"{WEIGHTS_NAME} became shorter while it was read.", code="weights_broken")
+        digest.update(chunk)
+        left -= len(chunk)
 
 
 def make_manifest(layout: AdapterLayout, digest: str, base: BaseShape, source: str | None) -> Manifest:
@@ -82,22 +104,24 @@ def make_manifest(layout: AdapterLayout, digest: str, base: BaseShape, source: s
     ranks: dict[str, int] = {}
     for module in layout.modules:
         ranks[module[1]] = max(ranks.get(module[1], 0), layout.rank(module))
+    ranks_of = [layout.rank(module) for module in layout.modules]
     infos = [info for _, info in layout.tensors.values()]
     return Manifest(
         digest=digest,
         base_fingerprint=base.fingerprint,
         base_model_name=layout.config.base_model_name,
-        min_rank=min(layout.rank(module) for module in layout.modules),
-        max_rank=max(ranks.values()),
+        min_rank=min(ranks_of, default=0),
+        max_rank=max(ranks_of, default=0),
         ranks=ranks,
         alpha=layout.config.alpha,
         use_rslora=layout.config.use_rslora,
         target_modules=tuple(ranks),
-        num_layers=len({layer for layer, _ in layout.modules}),
-        num_parameters=sum(info.shape[0] * info.shape[1] for info in infos),
+        num_layers=len({layer for layer, _ in layout.modules if layer >= 0}),
+        num_parameters=sum(math.prod(info.shape) for info in infos),
         num_bytes=sum(info.end - info.begin for info in infos),
         created_at=time.time(),
         source=source,
+        features=layout.features,
     )
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 
 from loraplex_adapters.base import BaseShape
 from loraplex_adapters.errors import AdapterNotFound, InvalidAdapter, StoreFull, WrongBase
-from loraplex_adapters.format import PICKLE_SUFFIXES, WEIGHTS_NAME, AdapterWeights, read, read_layout, read_trusted
+from loraplex_adapters.format import (
+    PICKLE_SUFFIXES,
+    WEIGHTS_NAME,
+    AdapterWeights,
+    read,
+    read_layout,
+    read_trusted,
+    write,
+)
 from loraplex_adapters.lora_config import CONFIG_NAME
 from loraplex_adapters.manifest import MANIFEST_NAME, Manifest, check_uploaded_manifest, digest_of, make_manifest
 from loraplex_adapters.stored import StoredAdapter, StoredLayouts
@@ -85,7 +93,11 @@ class AdapterStore:
                 _remove(path)
         layout = read_layout(staged)
         check_uploaded_manifest(staged, base)
-        read(staged, base)
+        weights = read(staged, base)
+        if layout.is_fused:
+            # What is stored names the base's own modules, so that it can be read without another look at the base.
+            write(staged, weights, base_model_name=layout.config.base_model_name)
+            layout = read_layout(staged)
         manifest = make_manifest(layout, digest_of(staged, layout), base, source)
         (staged / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
         for path in staged.iterdir():

@@ -210,6 +210,7 @@ class Adapter(Reply):
     ranks: Ranks | None = None
     rank: int = 0
     target_modules: list[str] = Field(default_factory=list)
+    features: list[str] = Field(default_factory=list)
     num_parameters: int = 0
     num_bytes: int = 0
     residency: str = "disk"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraplex_adapters.base import module_path
 from loraplex_server.kernels.lora_ref import GroupDelta, PartDelta
-from loraplex_server.model.adapters import GROUPS, AdapterLookup, NoAdapters
+from loraplex_server.model.adapters import GROUPS, AdapterLookup, NoAdapters, OutsideParts
 from loraplex_server.model.batch import Batch, Segment
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
@@ -137,3 +137,6 @@ class PeftFolders:
                 rank += a.shape[0]
             column += width
         return GroupDelta(torch.cat(factors), tuple(parts)) if parts else None
+
+    def outside(self, slot: int) -> OutsideParts | None:
+        return None

@@ -23,6 +23,7 @@ def show_adapter(services: Services, adapter: Adapter) -> dict[str, Any]:
         "ranks": {"min": manifest.min_rank, "max": manifest.max_rank},
         "rank": manifest.max_rank,
         "target_modules": list(manifest.target_modules),
+        "features": list(manifest.features),
         "num_parameters": manifest.num_parameters,
         "num_bytes": manifest.num_bytes,
         "residency": current.residency if current is not None else "disk",

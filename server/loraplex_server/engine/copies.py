@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterImage
+from loraplex_server.engine.epilogue import BaseWeights
 from loraplex_server.engine.host_memory import HostBlock, Segment
 from loraplex_server.engine.image_source import ImageSource, ImageSources, OpenAdapter
 from loraplex_server.engine.messages import AdapterLoad, Failure
@@ -52,12 +53,20 @@ class Copies(Generic[Owner]):
         dtype: torch.dtype,
         device: torch.device,
         wake: Callable[[], None],
+        weights: BaseWeights | None = None,
     ) -> None:
         on_gpu = device.type == "cuda"
         self._open = open_adapter
         self._device = device
         self._wake = wake
-        self._sources = ImageSources(base, dtype, rank_major=not on_gpu, rescale_on_device=on_gpu)
+        self._sources = ImageSources(
+            base,
+            dtype,
+            rank_major=not on_gpu,
+            rescale_on_device=on_gpu,
+            weights=weights,
+            stream=torch.cuda.Stream(device) if on_gpu else None,  # type: ignore[no-untyped-call]
+        )
         self._outcomes: queue.SimpleQueue[Landed[Owner]] = queue.SimpleQueue()
         self._finder = ThreadPoolExecutor(1, thread_name_prefix="adapter-find")
         self._makers = ThreadPoolExecutor(NUM_READS, thread_name_prefix="adapter-make")
@@ -68,7 +77,9 @@ class Copies(Generic[Owner]):
 
     def find(self, owner: Owner, digest: str) -> None:
         """Find out what an adapter's image is made from, and how large it will be."""
-        self._submit(self._finder, owner, lambda: Landed(owner, source=self._sources.source(self._open(digest))))
+        self._submit(
+            self._finder, owner, lambda: Landed(owner, source=self._sources.source(self._open(digest), digest))
+        )
 
     def to_host(self, owner: Owner, digest: str, source: ImageSource, block: HostBlock) -> None:
         """Make an adapter's image in ``block``."""

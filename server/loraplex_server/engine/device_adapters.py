@@ -10,13 +10,11 @@ from torch import Tensor
 
 from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterLayout, GroupPlace
-from loraplex_server.kernels.lora import LoraWorkspace, lora_rows
+from loraplex_server.kernels.lora import LoraWorkspace
+from loraplex_server.kernels.lora_args import FusedLoraWorkspace
 from loraplex_server.kernels.lora_rows_ref import TABLE_COLUMNS, RowGroups, group_rows
 from loraplex_server.kernels.lora_segments import GroupFactors
-from loraplex_server.kernels.nf4_lora import FusedLoraWorkspace, can_fuse, nf4_lora_linear
 from loraplex_server.model.adapters import GROUPS
-from loraplex_server.model.fused import Multiply
-from loraplex_server.model.linear import GroupLinear, Nf4Linear
 
 # Resident adapters that the tables have room for, and ranks of one group; others are served through the plain path.
 MAX_SLOTS: Final = 1024
@@ -61,6 +59,8 @@ class DeviceAdapters:
     def place(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """The adapter in ``slot`` lies at ``start`` (elements) of the arena from now on."""
         self._most_ranks.pop(slot, None)
+        if not layout.is_plain:
+            return
         most_ranks = max(place.rank for place in layout.groups.values())
         if slot >= MAX_SLOTS or most_ranks > RANK_CAPACITY:
             return

@@ -13,6 +13,7 @@ from loraplex_server.engine.arena import Arena
 from loraplex_server.engine.extents import Extent
 from loraplex_server.engine.slots import Slots
 from loraplex_server.kernels.lora_ref import GroupDelta
+from loraplex_server.model.adapters import OutsideParts
 
 
 class SlotTables(Protocol):
@@ -31,6 +32,7 @@ class Resident:
     extent: Extent
     slot: int = -1
     deltas: dict[tuple[int, str], GroupDelta | None] = field(default_factory=dict)
+    outside: OutsideParts | None = None
 
 
 class DeviceTier:
@@ -83,6 +85,13 @@ class DeviceTier:
         if key not in resident.deltas:
             resident.deltas[key] = resident.layout.delta(self._arena.view(resident.extent), key)
         return resident.deltas[key]
+
+    def outside(self, slot: int) -> OutsideParts | None:
+        """What the adapter changes outside the layers' linears."""
+        resident = self._by_slot[slot]
+        if resident.outside is None and resident.layout.outside is not None:
+            resident.outside = resident.layout.outside_parts(self._arena.view(resident.extent))
+        return resident.outside
 
     # --- coming and going -------------------------------------------------------------------------------------------
 
@@ -181,6 +190,7 @@ class DeviceTier:
 
     def _tell(self, resident: Resident) -> None:
         resident.deltas.clear()
+        resident.outside = None
         if self.tables is not None:
             self.tables.place(resident.slot, resident.extent.start, resident.layout)
 

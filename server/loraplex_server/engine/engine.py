@@ -106,6 +106,7 @@ class Engine:
             dtype=decoder.dtype,
             device=decoder.device,
             wake=wake,
+            weights=decoder,
         )
         self._scheduler = Scheduler(
             self._blocks,
@@ -326,6 +327,7 @@ def build_decode_path(
         block_size=limits.block_size,
         vocab_size=decoder.spec.vocab_size,
         eos_ids=eos_ids,
+        dtype=decoder.dtype,
         device=decoder.device,
         adapters=adapters,
     )

@@ -19,12 +19,14 @@ from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterLayout
 from loraplex_server.engine.copies import NUM_READS, Copies, Landed
 from loraplex_server.engine.device_tier import DeviceTier, SlotTables
+from loraplex_server.engine.epilogue import BaseWeights
 from loraplex_server.engine.extents import Extents
 from loraplex_server.engine.host_memory import HostBlock, HostMemory
 from loraplex_server.engine.host_tier import HostTier
 from loraplex_server.engine.image_source import ImageSource, OpenAdapter
 from loraplex_server.engine.messages import AdapterLoad, Failure, Residency
 from loraplex_server.kernels.lora_ref import GroupDelta
+from loraplex_server.model.adapters import OutsideParts
 
 # Copies to the device that are under way or next in line; the bus takes one at a time.
 _NUM_SENDS: Final = 2
@@ -85,6 +87,7 @@ class AdapterResidency:
         dtype: torch.dtype,
         device: torch.device,
         wake: Callable[[], None] = lambda: None,
+        weights: BaseWeights | None = None,
     ) -> None:
         self._itemsize = dtype.itemsize
         self._entries: dict[str, _Entry] = {}
@@ -92,7 +95,7 @@ class AdapterResidency:
         self._host = HostTier(self._memory, may_drop=self._may_drop_image, on_drop=self._changed_tier)
         self._device = DeviceTier(limits.device_bytes, dtype, device)
         self._copies: Copies[_Entry] = Copies(
-            open_adapter=open_adapter, base=base, dtype=dtype, device=device, wake=wake
+            open_adapter=open_adapter, base=base, dtype=dtype, device=device, wake=wake, weights=weights
         )
         # Who waits for its turn, by what must be done next. An entry whose turn has passed otherwise is skipped.
         self._to_find: deque[_Entry] = deque()
@@ -110,6 +113,9 @@ class AdapterResidency:
 
     def delta(self, slot: int, layer: int, group: str) -> GroupDelta | None:
         return self._device.delta(slot, layer, group)
+
+    def outside(self, slot: int) -> OutsideParts | None:
+        return self._device.outside(slot)
 
     @property
     def arena(self) -> Tensor:

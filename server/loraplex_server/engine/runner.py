@@ -71,14 +71,16 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Launched:
         batch = build_batch(plan, self._kv.block_size, self._device)
-        if self._prompts is not None:
+        # Adapters that change more than the layers' linears run through the plain pass, which knows all they do.
+        if self._prompts is not None and not any(self._adapters.outside(s.slot) for s in batch.segments):
             hidden = self._prompts.run(batch)
         else:
             hidden = self._decoder.forward(batch, self._kv, self._adapters)
         seqs = tuple(chunk.seq for chunk in plan.chunks if chunk.samples)
         drawn = None
         if seqs:
-            drawn = self._sampler.draw(self._decoder.logits(hidden[batch.logit_rows]), seqs)
+            logits = self._decoder.logits(hidden[batch.logit_rows], _logit_segments(seqs), self._adapters)
+            drawn = self._sampler.draw(logits, seqs)
         return Launched(plan, seqs, drawn, self._score_prompts(plan, hidden))
 
     def collect(self, launched: Launched) -> StepResult:
@@ -95,14 +97,15 @@ class Runner:
                 # Row i predicts token start + i + 1; the last prompt token's row predicts the answer, not the prompt.
                 stop = min(chunk.start + chunk.length, chunk.seq.num_prompt - 1)
                 targets = chunk.seq.tokens[chunk.start + 1 : stop + 1]
-                scores[id(chunk.seq)] = list(self._score(hidden[row : row + len(targets)], targets, k))
+                scores[id(chunk.seq)] = list(self._score(hidden[row : row + len(targets)], targets, k, chunk.seq.slot))
             row += chunk.length
         return scores
 
-    def _score(self, hidden: Tensor, targets: list[int], k: int) -> Iterable[TokenLogprob]:
+    def _score(self, hidden: Tensor, targets: list[int], k: int, slot: int) -> Iterable[TokenLogprob]:
         for i in range(0, len(targets), _PROMPT_LOGIT_ROWS):
             ids = targets[i : i + _PROMPT_LOGIT_ROWS]
-            logits = self._decoder.logits(hidden[i : i + len(ids)])
+            segments = [Segment(slot, 0, len(ids))] if slot >= 0 else []
+            logits = self._decoder.logits(hidden[i : i + len(ids)], segments, self._adapters)
             found = logprobs_ref(logits, torch.tensor(ids, device=logits.device), k)
             yield from token_logprobs(ids, *found, [k] * len(ids))
 
@@ -151,3 +154,8 @@ def _segments(chunks: Iterable[Chunk]) -> Iterable[Segment]:
         row += chunk.length
     if slot >= 0:
         yield Segment(slot, start, row)
+
+
+def _logit_segments(seqs: Iterable[Sequence]) -> list[Segment]:
+    """Which of the rows that sample use which adapter."""
+    return [Segment(seq.slot, row, row + 1) for row, seq in enumerate(seqs) if seq.slot >= 0]

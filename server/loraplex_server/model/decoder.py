@@ -1,22 +1,22 @@
 """The decoder: weights of one base model, and the forward pass over a batch."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from loraplex_adapters.base import BaseShape
+from loraplex_adapters.base import EMBED, FINAL_NORM, HEAD, BaseShape, ModuleKey
 from loraplex_server.kernels.activation_ref import silu_mul_ref
 from loraplex_server.kernels.norm_ref import rms_norm_ref
 from loraplex_server.kernels.rope_ref import rope_ref
-from loraplex_server.model.adapters import AdapterLookup
+from loraplex_server.model.adapters import GROUPS, AdapterLookup
 from loraplex_server.model.attention import AttentionPlan
-from loraplex_server.model.batch import Batch
+from loraplex_server.model.batch import Batch, Segment
 from loraplex_server.model.kv_cache import KVCache
 from loraplex_server.model.linear import DenseLinear, GroupLinear, add_adapters, num_bytes
+from loraplex_server.model.outside import OutsideSegments
 from loraplex_server.model.rope import RopeTable
 from loraplex_server.model.spec import ModelSpec
 
@@ -59,6 +59,7 @@ class _Step:
     batch: Batch
     kv: KVCache
     adapters: AdapterLookup
+    outside: OutsideSegments
     plans: dict[int | None, AttentionPlan]
     cos: Tensor
     sin: Tensor
@@ -103,7 +104,15 @@ class Decoder:
         """The base as adapters see it."""
         spec = self.spec
         return BaseShape(
-            spec.model_type, spec.num_layers, spec.linears, spec.vocab_size, spec.hidden_size, self.fingerprint
+            spec.model_type,
+            spec.num_layers,
+            spec.linears,
+            spec.vocab_size,
+            spec.hidden_size,
+            self.fingerprint,
+            biases=frozenset(linear for linear in spec.linears if spec.has_bias(linear)),
+            qk_norm_size=spec.head_dim if spec.qk_norm else 0,
+            tied_embeddings=spec.tie_word_embeddings,
         )
 
     @torch.inference_mode()
@@ -115,17 +124,27 @@ class Decoder:
         longest = max(batch.prefix_and_query_lens)
         cos, sin = self.rope.at(batch.positions, longest)
         plans = AttentionPlan.build_all(batch, block_size=kv.block_size, windows=self.spec.windows, dtype=self.dtype)
-        step = _Step(batch, kv, adapters, plans, cos, sin)
-        hidden = embedding(batch.token_ids, self.embed)
+        outside = OutsideSegments.of(batch.segments, adapters)
+        step = _Step(batch, kv, adapters, outside, plans, cos, sin)
+        eps = self.spec.rms_eps
+        hidden = outside.embed(batch.token_ids, self.embed)
         for index, layer in enumerate(self.layers):
-            hidden += self._attend(step, index, layer, rms_norm_ref(hidden, layer.input_norm, self.spec.rms_eps))
-            hidden += self._mlp(step, index, layer, rms_norm_ref(hidden, layer.post_norm, self.spec.rms_eps))
-        return rms_norm_ref(hidden, self.final_norm, self.spec.rms_eps)
+            x = outside.norm(hidden, layer.input_norm, eps, (index, "input_layernorm"))
+            hidden += self._attend(step, index, layer, x)
+            x = outside.norm(hidden, layer.post_norm, eps, (index, "post_attention_layernorm"))
+            hidden += self._mlp(step, index, layer, x)
+        return outside.norm(hidden, self.final_norm, eps, FINAL_NORM)
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token. Shapes: hidden [R, H] as ``forward`` returns it -> [R, V] float32."""
-        return self.scores(hidden).float()
+    def logits(self, hidden: Tensor, segments: Sequence[Segment] = (), adapters: AdapterLookup | None = None) -> Tensor:
+        """Scores of the next token. Shapes: hidden [R, H] as ``forward`` returns it -> [R, V] float32.
+
+        ``segments`` say which of these rows use which adapter; one that adds tokens makes V larger.
+        """
+        scores = self.scores(hidden)
+        if adapters is not None:
+            scores = OutsideSegments.of(segments, adapters).head(scores, hidden)
+        return scores.float()
 
     @torch.inference_mode()
     def scores(self, hidden: Tensor) -> Tensor:
@@ -150,6 +169,30 @@ class Decoder:
         head = 0 if self.head.weight is self.embed else self.head.num_bytes
         return sum(map(num_bytes, plain)) + sum(layer.num_bytes for layer in self.layers) + head
 
+    def weight_rows(self, module: ModuleKey, start: int, stop: int) -> Tensor:
+        """Rows ``[start, stop)`` of a module's matrix as the adapters see it, dequantized. Shape: [rows, K]."""
+        if module == EMBED or (module == HEAD and self.head.weight is self.embed):
+            return self.embed[start:stop]
+        if module == HEAD:
+            return self.head.rows(start, stop)
+        linear, first = self._part(module)
+        return linear.rows(first + start, first + stop)
+
+    def bias(self, module: ModuleKey) -> Tensor | None:
+        """A linear's bias [N]; None where it has none."""
+        if module in (EMBED, HEAD):
+            return None
+        linear, first = self._part(module)
+        return None if linear.bias is None else linear.bias[first : first + self.spec.linears[module[1]][0]]
+
+    def _part(self, module: ModuleKey) -> tuple[GroupLinear, int]:
+        """The group of linears that a linear is a part of, and its first row there."""
+        layer, name = module
+        group = next(group for group, members in GROUPS.items() if name in members)
+        before = GROUPS[group][: GROUPS[group].index(name)]
+        linear: GroupLinear = getattr(self.layers[layer], group)
+        return linear, sum(self.spec.linears[member][0] for member in before)
+
     def hash_weights(self) -> str:
         """sha256 over every base tensor's name and bytes; equal as long as no weight was written."""
         digest = hashlib.sha256()
@@ -166,13 +209,22 @@ class Decoder:
         num_qk = spec.num_heads + spec.num_kv_heads
         qk, v = heads[:, :num_qk], heads[:, num_qk:]
         if layer.qk_norm is not None:
-            qk = rms_norm_ref(qk, layer.qk_norm, spec.rms_eps)
+            qk = self._norm_heads(step.outside, qk, layer.qk_norm, index)
         qk = rope_ref(qk, step.cos, step.sin)
         q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
         mixed = step.plans[spec.windows[index]].run(q, k, v, step.kv.k[index], step.kv.v[index])
         out = layer.o(mixed)
         add_adapters(out, mixed, step.batch, step.adapters, index, "o")
         return out
+
+    def _norm_heads(self, outside: OutsideSegments, qk: Tensor, weight: Tensor, layer: int) -> Tensor:
+        """Queries and keys normed head by head. Shapes: qk [T, H + Hkv, D], weight [H + Hkv, D]."""
+        heads, eps = self.spec.num_heads, self.spec.rms_eps
+        if not outside.parts:
+            return rms_norm_ref(qk, weight, eps)
+        q = outside.norm(qk[:, :heads], weight[:heads], eps, (layer, "q_norm"))
+        k = outside.norm(qk[:, heads:], weight[heads:], eps, (layer, "k_norm"))
+        return torch.cat((q, k), dim=1)
 
     def _mlp(self, step: _Step, index: int, layer: DecoderLayer, x: Tensor) -> Tensor:
         gate_up = layer.gate_up(x)

@@ -19,7 +19,10 @@ _FEW_ROWS: Final = 32
 
 
 class GroupLinear(Protocol):
-    """The weights of one fused group, applied as one linear."""
+    """The weights of one fused group, applied as one linear. ``bias`` [N] or None."""
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``x @ W.T + bias``. Shapes: x [T, K], out [T, N] contiguous -> [T, N], the group's parts side by side."""
@@ -27,6 +30,10 @@ class GroupLinear(Protocol):
 
     def buffers(self) -> Iterator[Tensor]:
         """Every tensor that holds the base's weights, in its plain layout; may cost a copy."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of W as they multiply, dense; they lie in one part of the group. May cost a copy of it."""
         ...
 
     @property
@@ -44,26 +51,29 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._blocked = can_block(weight)
         self.weight = block(weight) if self._blocked else weight
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self._blocked:
-            found = blocked_linear(x, self.weight, self._bias)
+            found = blocked_linear(x, self.weight, self.bias)
             return found if out is None else out.copy_(found)
         if out is None:
-            return linear(x, self.weight, self._bias)
-        if self._bias is None:
+            return linear(x, self.weight, self.bias)
+        if self.bias is None:
             return torch.mm(x, self.weight.t(), out=out)
-        return torch.addmm(self._bias, x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes(self.weight) + (0 if self._bias is None else num_bytes(self._bias))
+        return num_bytes(self.weight) + (0 if self.bias is None else num_bytes(self.bias))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return (self.weight.to_dense() if self._blocked else self.weight)[start:stop]
 
     def buffers(self) -> Iterator[Tensor]:
         yield self.weight.to_dense() if self._blocked else self.weight
-        if self._bias is not None:
-            yield self._bias
+        if self.bias is not None:
+            yield self.bias
 
 
 class Nf4Linear:
@@ -84,6 +94,14 @@ class Nf4Linear:
     @property
     def num_bytes(self) -> int:
         return self._gemm.num_bytes + (0 if self.bias is None else num_bytes(self.bias))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        for part in self._gemm.unpack():
+            size = part.shape[0]
+            if start < size:
+                return part.dequantize()[start:stop]
+            start, stop = start - size, stop - size
+        raise IndexError(f"rows {start} to {stop} are beyond the matrix")
 
     def buffers(self) -> Iterator[Tensor]:
         yield from self._gemm.tensors()
