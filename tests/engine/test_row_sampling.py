@@ -35,7 +35,7 @@ def sequence(name: str, index: int) -> Sequence:
 
 
 def row_sampling() -> RowSampling:
-    return RowSampling(max_rows=MAX_ROWS, vocab_size=VOCAB, eos_ids=EOS, device=DEVICE)
+    return RowSampling(max_rows=MAX_ROWS, vocab_size=VOCAB, eos_ids=EOS, dtype=torch.float32, device=DEVICE)
 
 
 def step(sampling: RowSampling, seqs: list[Sequence], drawing: Drawing, logits: Tensor) -> list[Sampled]:

@@ -7,8 +7,11 @@ left it.
 """
 
 import gc
+import logging
+import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Rows
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -21,10 +24,14 @@ from loraplex_server.engine.device_adapters import DeviceAdapters
 from loraplex_server.engine.row_sampling import Drawing, DrawnRows, RowSampling
 from loraplex_server.engine.sampler import Sampled
 from loraplex_server.engine.sequence import Sequence, Status
+from loraplex_server.kernels import nvrtc
+from loraplex_server.kernels.nvrtc_build import build_all
 from loraplex_server.kernels.rows import prepare_rows
 from loraplex_server.kernels.rows_ref import ADAPTER, NEW_BLOCK, NUM_COLUMNS, POSITION, TOKEN
 from loraplex_server.kernels.sampling import SamplingMode
 from loraplex_server.model.fused import DecodeRows, FusedForward, base_alone
+
+log = logging.getLogger(__name__)
 
 # Rows that graphs are captured for; a step runs in the smallest that holds it.
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -69,6 +76,7 @@ class DecodePath:
         block_size: int,
         vocab_size: int,
         eos_ids: frozenset[int],
+        dtype: torch.dtype,
         device: torch.device,
         adapters: DeviceAdapters,
     ) -> None:
@@ -95,7 +103,9 @@ class DecodePath:
             block_tables=on_device(max_rows, width, dtype=i32),
         )
         self._packed = on_device(max_rows, NUM_COLUMNS, dtype=i32)
-        self._sampling = RowSampling(max_rows=max_rows, vocab_size=vocab_size, eos_ids=eos_ids, device=device)
+        self._sampling = RowSampling(
+            max_rows=max_rows, vocab_size=vocab_size, eos_ids=eos_ids, dtype=dtype, device=device
+        )
         self._staged_packed = [pinned(max_rows, NUM_COLUMNS, dtype=i32) for _ in range(_IN_FLIGHT)]
         self._staged_tables = pinned(max_rows, width, dtype=i32)
         self._turn = 0
@@ -214,10 +224,32 @@ class DecodePath:
         self._graphs.clear()
 
     def capture_all(self) -> None:
-        """Capture greedy steps of every bucket, largest first so that smaller ones reuse its memory."""
-        for bucket in reversed(self._buckets):
-            for with_adapters in (False, True):
-                self._graph(_Variant(bucket, with_adapters, _GREEDY))
+        """Capture greedy steps of every bucket, largest first so that smaller ones reuse its memory.
+
+        Other steps are captured when they first occur; their kernels are compiled here, while processes of their own
+        build the greedy steps' CUDA code.
+        """
+        started = time.perf_counter()
+        variants = [
+            _Variant(bucket, with_adapters, _GREEDY)
+            for bucket in reversed(self._buckets)
+            for with_adapters in (False, True)
+        ]
+        self._packed.fill_(-1)
+        with torch.inference_mode(), nvrtc.planning() as builds:
+            for variant in variants:
+                self._run(variant)
+        with ThreadPoolExecutor(1) as pool:
+            built = pool.submit(build_all, builds)
+            self._sampling.warm_up()
+            built.result()
+        compiled = time.perf_counter()
+        for variant in variants:
+            self._graph(variant)
+        log.info(
+            "decode steps: %d kernels compiled in %.1f s, %d graphs captured in %.1f s",
+            len(builds), compiled - started, len(variants), time.perf_counter() - compiled,
+        )  # fmt: skip
 
     @torch.inference_mode()
     def _graph(self, variant: _Variant) -> torch.cuda.CUDAGraph:

@@ -67,10 +67,16 @@ class DrawnRows:
 
 
 class RowSampling:
-    """The sampling state of one engine's decode rows. Owned by its thread; runs on its current stream."""
+    """The sampling state of one engine's decode rows. Owned by its thread; runs on its current stream.
 
-    def __init__(self, *, max_rows: int, vocab_size: int, eos_ids: frozenset[int], device: torch.device) -> None:
+    ``dtype`` is that of the model's logits.
+    """
+
+    def __init__(
+        self, *, max_rows: int, vocab_size: int, eos_ids: frozenset[int], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._eos_ids = eos_ids
+        self._dtype = dtype
         self._vocab_size = vocab_size
 
         def on_device(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -207,6 +213,16 @@ class RowSampling:
             count_tokens(self._counts[:n], drawn, kv_lens)
         if drawing.scores:
             logprobs(logits, drawn, self._logprob_workspace, *(part[:n] for part in self._scores))
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile what any row may ask for, on one row that nobody has."""
+        device = self.token_ids.device
+        logits = torch.zeros(1, self._vocab_size, dtype=self._dtype, device=device)
+        nobody = torch.zeros(1, dtype=torch.int64, device=device)
+        for mode in SamplingMode:
+            for adjusts in (False, True):
+                self.draw(logits, nobody, nobody.int(), Drawing(mode, adjusts, scores=True))
 
     def launched(self, rows: Rows[tuple[int, Sequence]], drawing: Drawing) -> None:
         """A step of these rows is on its way: their counts grow by what it draws."""

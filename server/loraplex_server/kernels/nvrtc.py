@@ -1,49 +1,26 @@
 """CUDA C++ compiled at run time and launched on torch's current stream; needs only the wheels torch brings.
 
-NVRTC is found in torch's wheels (or on the library path), so no CUDA toolkit is installed. Machine code is kept under
-``$LORAPLEX_CACHE_DIR`` (else ``$XDG_CACHE_HOME/loraplex``, else ``~/.cache/loraplex``), named by the hash of source,
-headers, options and compiler version: a changed kernel can never meet a stale binary.
-
-The only state kept here is what the driver itself keeps for the process: the two libraries, and loaded kernels by
-device and content hash.
+Machine code comes from ``nvrtc_build``. The only state kept here is what the driver itself keeps for the process: its
+library, and loaded kernels by device and content hash; and, while one goes on, a plan of what will have to be built.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
-import logging
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-log = logging.getLogger(__name__)
-
-SOURCE_DIR = Path(__file__).parent / "cuda"
+from loraplex_server.kernels.nvrtc_build import Build, CompilerMissingError, KernelError, build, compiler_version
 
 _ATTRIBUTE_CLUSTER = 4
 _ATTRIBUTE_PROGRAMMATIC = 6
 _FUNCTION_DYNAMIC_SHARED_BYTES = 8
 _STATIC_SHARED_BYTES = 48 * 1024
-
-
-class KernelError(RuntimeError):
-    """A GPU kernel could not be built, loaded or launched."""
-
-
-class CompilerMissingError(KernelError):
-    """No NVRTC or no CUDA driver on this machine."""
-
-
-class CompileError(KernelError):
-    """NVRTC rejected a source; the message carries its log."""
 
 
 class LaunchError(KernelError):
@@ -64,109 +41,11 @@ class _Attribute(ctypes.Structure):
 
 
 @functools.cache
-def _nvrtc() -> ctypes.CDLL:
-    roots: list[str] = []
-    spec = importlib.util.find_spec("nvidia")
-    if spec is not None:
-        roots = list(spec.submodule_search_locations or ())
-    found = sorted((path for root in roots for path in Path(root).glob("*/lib/libnvrtc.so.1*")), reverse=True)
-    for path in found:
-        try:
-            # NVRTC opens its builtins by name; loading them first spares a library path.
-            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
-                ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-            return ctypes.CDLL(str(path))
-        except OSError:
-            continue
-    for name in ("libnvrtc.so.13", "libnvrtc.so.12"):
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise CompilerMissingError("NVRTC was not found: install torch with CUDA, or the nvidia-cuda-nvrtc wheel")
-
-
-@functools.cache
 def _driver() -> ctypes.CDLL:
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise CompilerMissingError(f"no CUDA driver: {error}") from error
-
-
-def cache_dir() -> Path:
-    """Where compiled kernels are kept on disk."""
-    chosen = os.environ.get("LORAPLEX_CACHE_DIR")
-    if chosen:
-        return Path(chosen) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "loraplex" / "kernels"
-
-
-@functools.cache
-def compiler_version() -> str:
-    """NVRTC's version, such as ``13.0``. Raises: CompilerMissingError."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    return f"{major.value}.{minor.value}"
-
-
-@functools.cache
-def _read(name: str) -> str:
-    return (SOURCE_DIR / name).read_text()
-
-
-def _headers() -> list[str]:
-    return sorted(path.name for path in SOURCE_DIR.glob("*.cuh"))
-
-
-def build(source: str, defines: Mapping[str, int], arch: str) -> bytes:
-    """Machine code of ``cuda/<source>`` for ``arch`` (such as ``sm_90a``), from the disk cache or compiled now.
-
-    Raises: CompilerMissingError, CompileError.
-    """
-    options = [f"--gpu-architecture={arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines.items())]
-    digest = hashlib.sha256()
-    for text in (compiler_version(), *options, _read(source), *map(_read, _headers())):
-        digest.update(text.encode() + b"\0")
-    path = cache_dir() / f"{digest.hexdigest()}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        cubin = _compile(source, options)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(cubin)
-        os.replace(file.name, path)
-    except OSError as error:
-        log.warning("compiled kernels are not kept: %s", error)
-    return cubin
-
-
-def _compile(source: str, options: Sequence[str]) -> bytes:
-    nvrtc, program = _nvrtc(), ctypes.c_void_p()
-    names = _headers()
-    texts = (ctypes.c_char_p * len(names))(*(_read(name).encode() for name in names))
-    includes = (ctypes.c_char_p * len(names))(*(name.encode() for name in names))
-    text, label = _read(source).encode(), source.encode()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, label, len(names), texts, includes):
-        raise CompileError(f"NVRTC could not take {source}")
-    try:
-        flags = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        failed = nvrtc.nvrtcCompileProgram(program, len(options), flags)
-        size = ctypes.c_size_t()
-        if failed:
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            buffer = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, buffer)
-            raise CompileError(f"{source} with {' '.join(options)}:\n{buffer.value.decode(errors='replace')}")
-        nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-        cubin = ctypes.create_string_buffer(size.value)
-        nvrtc.nvrtcGetCUBIN(program, cubin)
-        return cubin.raw
-    finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
 def _check(result: int, what: str) -> None:
@@ -194,6 +73,8 @@ class Kernel:
         the kernel itself waits before it touches what that one writes.
         Raises: LaunchError.
         """
+        if self.handle == _PLANNED:
+            return
         attributes = (_Attribute * 2)()
         count = 0
         if self.cluster > 1:
@@ -213,6 +94,27 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         launched = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
         _check(launched, f"launch of {self.name}")
+
+
+# The handle of a kernel that is only planned.
+_PLANNED = 0
+
+_plan: set[Build] | None = None
+
+
+@contextmanager
+def planning() -> Iterator[set[Build]]:
+    """Inside, kernels that are not loaded yet are noted, neither built nor launched: what is computed means nothing.
+
+    For one thread at a time, and outside of CUDA graph captures.
+    """
+    global _plan
+    plan: set[Build] = set()
+    _plan = plan
+    try:
+        yield plan
+    finally:
+        _plan = None
 
 
 _loaded: dict[tuple[int, str, str, tuple[tuple[str, int], ...]], int] = {}
@@ -239,7 +141,11 @@ def load(
     if handle is None:
         if torch.cuda.is_current_stream_capturing():
             raise LaunchError(f"{name} must be loaded before a CUDA graph is captured: run it once first")
-        handle = _load_function(build(source, defines, device_arch(device)), name, shared_bytes)
+        arch = device_arch(device)
+        if _plan is not None:
+            _plan.add(Build(source, key[3], arch))
+            return Kernel(name, _PLANNED, tuple(argtypes), block, shared_bytes, cluster)
+        handle = _load_function(build(source, defines, arch), name, shared_bytes)
         _loaded[key] = handle
     return Kernel(name, handle, tuple(argtypes), block, shared_bytes, cluster)
 
