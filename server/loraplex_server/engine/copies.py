@@ -25,7 +25,7 @@ Owner = TypeVar("Owner")
 
 # Adapters read at once, and threads that they share for it.
 NUM_READS: Final = 2
-_READ_THREADS: Final = max(1, min(4, (os.cpu_count() or 1) // 2))
+_READ_THREADS: Final = max(1, min(8, (os.cpu_count() or 1) // 2))
 # Takes 160 us on the bus. Even 80 MiB in one piece lengthen no step by more than 3 %; this is what a step's own few bytes
 # may have to wait for at worst.
 _PIECE_BYTES: Final = 8 * 2**20
