@@ -1,5 +1,6 @@
 """Logits to token ids and log-probabilities, for the rows of one step."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
@@ -124,8 +125,7 @@ def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
-    return sample_ref(
-        logits,
+    columns = (
         column([p.temperature for p in params]),
         column([p.top_k for p in params], torch.int64),
         column([p.top_p for p in params]),
@@ -133,3 +133,9 @@ def _draw(logits: Tensor, seqs: Rows[Sequence]) -> Tensor:
         column([seq.seed for seq in seqs], torch.int64),
         column([len(seq.tokens) for seq in seqs], torch.int64),
     )
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return sample_ref(logits, *columns)
+    from loraplex_server.kernels.sampling import SampleWorkspace, sample
+
+    workspace = SampleWorkspace.allocate(max_rows=len(seqs), vocab_size=logits.shape[1], device=device)
+    return sample(logits, *columns, workspace)
