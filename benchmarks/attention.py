@@ -1,4 +1,4 @@
-"""Attention, small ops and sampling on one GPU: microseconds a launch beside the floor its bytes or a peer set.
+"""Attention, small ops, the head and sampling on one GPU: microseconds a launch beside the floor its bytes or a peer set.
 
     python -m benchmarks.attention [--out benchmarks/results/attention_h200.csv]
 
@@ -23,9 +23,11 @@ from loraplex_server.bench.record import circumstances, write_csv
 from loraplex_server.kernels.activation import silu_mul
 from loraplex_server.kernels.attention_decode import DecodeWorkspace, paged_decode
 from loraplex_server.kernels.attention_prefill import paged_prefill
+from loraplex_server.kernels.attention_rows import RowsWorkspace, attend_rows
 from loraplex_server.kernels.norm import add_rms_norm
 from loraplex_server.kernels.rope_cache import rope_and_cache
 from loraplex_server.kernels.sampling import SampleWorkspace, SamplingMode, sample
+from loraplex_server.kernels.sampling_logprobs import NUM_TOP, LogprobWorkspace, logprobs
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN, INNER, VOCAB = 32, 8, 128, 4096, 14336, 128_256
 BLOCK_SIZE = 16
@@ -94,19 +96,68 @@ class Cache:
         return cls(randn(*shape), randn(*shape), tables, int32([kv_len] * batch))
 
 
-def decode_row(batch: int, kv_len: int) -> Row:
-    num_bytes = 2 * batch * kv_len * NUM_KV_HEADS * HEAD_DIM * 2
-    cache = Cache.random(max(16, COLD_BYTES // num_bytes), batch, kv_len)
-    q, out = randn(batch, NUM_HEADS, HEAD_DIM), randn(batch, NUM_HEADS, HEAD_DIM)
-    workspace = DecodeWorkspace.allocate(
-        max_sequences=batch, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, device=DEVICE
-    )
+@dataclass(frozen=True)
+class NewTokens:
+    """One new token a row, over a cache that is larger than the second-level cache."""
 
-    def launch(k: Tensor, v: Tensor) -> Callable[[], object]:
-        return lambda: paged_decode(q, k, v, cache.tables, cache.kv_lens, workspace, out=out)
+    cache: Cache
+    qkv: Tensor
+    positions: Tensor
+    slots: Tensor
+    cos: Tensor
+    sin: Tensor
+    out: Tensor
+    num_bytes: int
 
-    us = time_graph([launch(k, v) for k, v in zip(cache.k, cache.v, strict=True)])
-    return Row("paged_decode", f"B={batch} kv={kv_len}", us, num_bytes / BYTES_PER_US)
+    @classmethod
+    def random(cls, batch: int, kv_len: int) -> "NewTokens":
+        num_bytes = 2 * batch * kv_len * NUM_KV_HEADS * HEAD_DIM * 2
+        cache = Cache.random(max(16, COLD_BYTES // num_bytes), batch, kv_len)
+        positions = cache.kv_lens.long() - 1
+        slots = cache.tables[:, -1].long() * BLOCK_SIZE + positions % BLOCK_SIZE
+        cos, sin = torch.rand(2, kv_len, HEAD_DIM // 2, device=DEVICE).to(DTYPE)
+        qkv = randn(batch, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+        return cls(cache, qkv, positions, slots, cos, sin, randn(batch, NUM_HEADS, HEAD_DIM), num_bytes)
+
+    def fused(self) -> Callable[[Tensor, Tensor], object]:
+        """Everything in one launch, over one layer's cache."""
+        workspace = RowsWorkspace.allocate(
+            max_sequences=len(self.qkv), num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM,
+            block_size=BLOCK_SIZE, dtype=DTYPE, device=DEVICE,
+        )  # fmt: skip
+
+        def launch(k: Tensor, v: Tensor) -> Tensor:
+            return attend_rows(
+                self.qkv, self.positions, self.cos, self.sin, self.slots, k, v, self.cache.tables, self.cache.kv_lens,
+                workspace, out=self.out,
+            )  # fmt: skip
+
+        return launch
+
+    def apart(self) -> Callable[[Tensor, Tensor], object]:
+        """The same by two Triton launches."""
+        workspace = DecodeWorkspace.allocate(
+            max_sequences=len(self.qkv),
+            num_heads=NUM_HEADS,
+            num_kv_heads=NUM_KV_HEADS,
+            head_dim=HEAD_DIM,
+            device=DEVICE,
+        )
+        q = self.qkv[:, : NUM_HEADS * HEAD_DIM].view(-1, NUM_HEADS, HEAD_DIM)
+
+        def launch(k: Tensor, v: Tensor) -> Tensor:
+            rope_and_cache(self.qkv, self.positions, self.cos, self.sin, self.slots, k, v)
+            return paged_decode(q, k, v, self.cache.tables, self.cache.kv_lens, workspace, out=self.out)
+
+        return launch
+
+
+def decode_rows(batch: int, kv_len: int) -> Iterator[Row]:
+    new = NewTokens.random(batch, kv_len)
+    layers = list(zip(new.cache.k, new.cache.v, strict=True))
+    for name, launch in (("attend_rows", new.fused()), ("rope_and_cache + paged_decode", new.apart())):
+        us = time_graph([partial(launch, k, v) for k, v in layers])
+        yield Row(name, f"B={batch} kv={kv_len}", us, new.num_bytes / BYTES_PER_US)
 
 
 def prefill_row(batch: int, query_len: int, prefix: int) -> Row:
@@ -158,28 +209,36 @@ def small_op_rows(batch: int) -> Iterator[Row]:
 
 def layer_row(batch: int, kv_len: int) -> Row:
     """What a decoder layer runs beside its linears, in order: what of it hides behind the launch before is not paid."""
-    num_bytes = 2 * batch * kv_len * NUM_KV_HEADS * HEAD_DIM * 2
-    cache = Cache.random(max(16, COLD_BYTES // num_bytes), batch, kv_len)
+    new = NewTokens.random(batch, kv_len)
     x, residual, weight, normed = randn(batch, HIDDEN), randn(batch, HIDDEN), randn(HIDDEN), randn(batch, HIDDEN)
-    qkv, out = randn(batch, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM), randn(batch, NUM_HEADS, HEAD_DIM)
-    q = qkv[:, : NUM_HEADS * HEAD_DIM].view(batch, NUM_HEADS, HEAD_DIM)
-    positions = cache.kv_lens.long() - 1
-    slots = cache.tables[:, -1].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-    cos, sin = torch.rand(2, kv_len, HEAD_DIM // 2, device=DEVICE)
     gate_up, activated = randn(batch, 2 * INNER), randn(batch, INNER)
-    workspace = DecodeWorkspace.allocate(
-        max_sequences=batch, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS, head_dim=HEAD_DIM, device=DEVICE
-    )
+    attend = new.fused()
 
     def launch(k: Tensor, v: Tensor) -> None:
         add_rms_norm(x, residual, weight, 1e-5, out=normed)
-        rope_and_cache(qkv, positions, cos, sin, slots, k, v)
-        paged_decode(q, k, v, cache.tables, cache.kv_lens, workspace, out=out)
+        attend(k, v)
         add_rms_norm(x, residual, weight, 1e-5, out=normed)
         silu_mul(gate_up, out=activated)
 
-    us = time_graph([partial(launch, k, v) for k, v in zip(cache.k, cache.v, strict=True)])
-    return Row("layer without linears", f"B={batch} kv={kv_len}", us, num_bytes / BYTES_PER_US)
+    us = time_graph([partial(launch, k, v) for k, v in zip(new.cache.k, new.cache.v, strict=True)])
+    return Row("layer without linears", f"B={batch} kv={kv_len}", us, new.num_bytes / BYTES_PER_US)
+
+
+def head_rows() -> Iterator[Row]:
+    weight = randn(VOCAB, HIDDEN)
+    for batch in (1, 8, 16, 32, 64):
+        x = randn(batch, HIDDEN)
+        us = time_graph([lambda x=x: torch.nn.functional.linear(x, weight)] * 8)  # type: ignore[misc]
+        yield Row("head (cuBLAS)", f"T={batch}", us, weight.nbytes / BYTES_PER_US)
+
+
+def logprobs_row(batch: int) -> Row:
+    logits = randn(batch, VOCAB)
+    workspace = LogprobWorkspace.allocate(max_rows=batch, vocab_size=VOCAB, device=DEVICE)
+    ids, chosen = torch.arange(batch, device=DEVICE), torch.empty(batch, device=DEVICE)
+    values, top = torch.empty(batch, NUM_TOP, device=DEVICE), int32([[0] * NUM_TOP] * batch)
+    us = time_graph([lambda: logprobs(logits, ids, workspace, chosen, values, top)] * 32)
+    return Row("logprobs, 20 best", f"R={batch}", us, logits.nbytes / BYTES_PER_US)
 
 
 def sample_row(batch: int, mode: SamplingMode, spread: float = 2.5) -> Row:
@@ -203,16 +262,19 @@ def sample_row(batch: int, mode: SamplingMode, spread: float = 2.5) -> Row:
 
 def measure() -> Iterator[Row]:
     for batch in (1, 8, 32, 64):
-        for kv_len in (128, 256, 512, 1024):
-            yield decode_row(batch, kv_len)
-    yield decode_row(1, 32_768)
-    yield decode_row(8, 8192)
+        for kv_len in (128, 192, 256, 512, 1024):
+            yield from decode_rows(batch, kv_len)
+    yield from decode_rows(1, 32_768)
+    yield from decode_rows(8, 8192)
     for batch, query_len, prefix in ((32, 1024, 0), (1, 1024, 0), (1, 8192, 0), (8, 512, 3584), (32, 128, 0)):
         yield prefill_row(batch, query_len, prefix)
     for batch in (1, 8, 32, 64, 2048):
         yield from small_op_rows(batch)
     for batch in (1, 8, 32, 64):
         yield layer_row(batch, 192)
+    yield from head_rows()
+    for batch in (1, 8, 32, 64):
+        yield logprobs_row(batch)
     for mode in SamplingMode:
         for batch in (1, 8, 32, 64):
             yield sample_row(batch, mode)
