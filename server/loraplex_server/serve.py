@@ -22,13 +22,14 @@ from loraplex_adapters.store import AdapterStore
 from loraplex_server.app import create_app
 from loraplex_server.auth import Access, Keys, is_loopback
 from loraplex_server.collector import spare_what_is_there
-from loraplex_server.engine.host import Progress
+from loraplex_server.engine.host import EngineNotStarted, Progress
 from loraplex_server.engine.messages import Command, Pin, Warm
 from loraplex_server.engine.process import EngineProcess
 from loraplex_server.engine.thread import EngineThread
 from loraplex_server.engine.worker import Worker
 from loraplex_server.engine_recipe import ServedBase
 from loraplex_server.listening import CannotListen, take_addresses
+from loraplex_server.memory_plan import TooLittleMemory
 from loraplex_server.metrics import Metrics, adapter_names
 from loraplex_server.model.source import resolve
 from loraplex_server.server_config import AdapterConfig, ModelConfig, ServerConfig
@@ -61,7 +62,11 @@ def serve(config: ServerConfig, progress: Progress | None = None) -> None:
         for bound in sockets:
             stack.enter_context(bound)
         services = build_services(config, stack, progress)
-        DrainingServer(create_app(services), services.worker, config).run(sockets)
+        server = DrainingServer(create_app(services), services.worker, config)
+        try:
+            server.run(sockets)
+        except SystemExit:  # uvicorn's way out when the app cannot start; the log has the traceback
+            raise _why_not_started(services.worker) from None
     _log.info("stopped")
     if services.worker.death is not None:
         raise EngineDied("the engine failed and cannot go on; the log says where. Start the server again")
@@ -155,6 +160,13 @@ class DrainingServer(uvicorn.Server):
             _log.warning("requests still run at the end of the drain timeout; they are cut off")
             await self._worker.stop()
         self.should_exit = True
+
+
+def _why_not_started(worker: Worker) -> Exception:
+    error = worker.start_error
+    if isinstance(error, TooLittleMemory | EngineNotStarted):
+        return error
+    return StartError(f"the engine could not be built: {type(error).__name__}: {error}")
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:

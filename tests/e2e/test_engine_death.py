@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving import ANSWERS, clean_env, events, long_body, serving
+from tests.e2e.serving import ANSWERS, clean_env, events, long_body, loraplex, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -64,6 +64,24 @@ def test_an_engine_that_dies_answers_its_requests_says_so_and_ends_the_process(t
     assert done.stderr.strip().endswith(
         "error: the engine failed and cannot go on; the log says where. Start the server again"
     )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        # Found when the base has been loaded, and when the engine is built.
+        ("--kv-cache-memory", "1MiB", "--max-model-len", "2048"),
+        ("--kv-cache-memory", "900TiB", "--max-running", "4096", "--max-batched-tokens", "4096"),
+    ],
+    ids=["plan", "build"],
+)
+def test_an_engine_that_cannot_be_made_in_its_process_is_told_like_any_other(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    arguments = ["serve", "--model", "demo", "--port", "0", "--data-dir", str(tmp_path / "data")]
+    done = loraplex(*arguments, "--engine-process", "on", *flags)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
 
 
 def test_an_engines_process_that_is_killed_ends_the_server_too(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ def test_a_process_that_dies_while_it_loads_is_said_so(capfd: pytest.CaptureFixt
     assert "Fatal Python error: Aborted" in capfd.readouterr().err
 
 
+def test_an_error_brings_the_place_it_comes_from() -> None:
+    with pytest.raises(LookupError) as caught:
+        EngineProcess(CountingRecipe(load_error=LookupError("nothing there"))).load()
+    assert "hosting.py" in caught.value.__notes__[0]
+
+
 def test_an_error_that_cannot_be_sent_is_told_in_words() -> None:
     with pytest.raises(EngineNotStarted, match="Holding: an error with a lambda in it"):
         EngineProcess(UnsendableRecipe()).load()

@@ -230,6 +230,7 @@ async def test_what_building_raises_start_raises(host: Host) -> None:
     worker = Worker(made, max_model_len=facts.max_model_len, max_waiting=1, max_waiting_tokens=1)
     with pytest.raises(MemoryError, match="no room"):
         await worker.start()
+    assert isinstance(worker.start_error, MemoryError)
     assert not worker.running
     await worker.stop()
     assert worker.death is None

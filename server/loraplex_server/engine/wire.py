@@ -6,6 +6,7 @@ stand for take 96 and 121.
 """
 
 import pickle
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from struct import Struct
@@ -48,6 +49,8 @@ class NotStarted:
     @classmethod
     def of(cls, error: BaseException) -> "NotStarted":
         death = EngineDeath.of(error)
+        # A traceback does not cross; words do.
+        error.add_note("In the engine's process:\n" + "".join(traceback.format_exception(error)))
         try:
             pickle.loads(pickle.dumps(error, _PROTOCOL))  # noqa: S301 - our own bytes
         except Exception:  # exceptions may hold anything and be made in any way

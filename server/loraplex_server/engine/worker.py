@@ -97,6 +97,8 @@ class Worker:
         self.stats = EngineStats()
         self.death: EngineDeath | None = None
         """What ended the engine, if nobody had asked it to end."""
+        self.start_error: BaseException | None = None
+        """What ``start`` raised."""
         self._host = host
         self._on_report = on_report
         self._first = first
@@ -128,7 +130,11 @@ class Worker:
 
     async def start(self) -> None:
         """Build the engine and start stepping. Raises what building raised, EngineNotStarted."""
-        await self._host.start(self._deliver, self._end)
+        try:
+            await self._host.start(self._deliver, self._end)
+        except BaseException as error:
+            self.start_error = error
+            raise
         self._alive = self._accepting = True
         for command in self._first:
             self._host.send(command)
