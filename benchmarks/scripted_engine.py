@@ -12,6 +12,7 @@ from loraplex_server.engine.messages import (
     Command,
     Done,
     EngineStats,
+    ForgetPrefixes,
     Release,
     StepReport,
     Submit,
@@ -52,7 +53,7 @@ class ScriptedEngine:
                 self._running[request.id] = (0, request.sampling.max_tokens)
             case Abort(request_id):
                 self._running.pop(request_id, None)
-            case Warm(ticket, _) | Release(ticket, _):
+            case Warm(ticket, _) | Release(ticket, _) | ForgetPrefixes(ticket):
                 self._done.append(Done(ticket))
 
     def step(self) -> StepReport:

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_server.api import adapters, chat, completions, health, models, tokenize, vllm_adapters
+from loraplex_server.api import adapters, chat, completions, health, models, prefix_cache, tokenize, vllm_adapters
 from loraplex_server.api.adapter_changes import AdapterChanges
 from loraplex_server.api.body_limit import BodyLimit
 from loraplex_server.api.early_answer import EarlyAnswer
@@ -30,6 +30,7 @@ _ROUTERS = (
     health.router,
     adapters.router,
     vllm_adapters.router,
+    prefix_cache.router,
 )
 
 # All that endpoints raise on purpose. What else they raise is answered and logged by RequestLog.

@@ -272,6 +272,7 @@ def test_admin_calls_need_the_admin_key(tmp_path: Path, decoder: Decoder) -> Non
         ("GET", "/v1/adapters/x/versions"),
         ("POST", "/v1/load_lora_adapter"),
         ("POST", "/v1/unload_lora_adapter"),
+        ("POST", "/flush_cache"),
     ]
     with live_server(tmp_path, decoder, keys=Keys(user=("user",), admin=("admin",))) as server, server.http() as http:
         for method, path in calls:

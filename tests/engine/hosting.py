@@ -16,6 +16,7 @@ from loraplex_server.engine.messages import (
     Done,
     EngineStats,
     Failure,
+    ForgetPrefixes,
     Pin,
     Release,
     StepReport,
@@ -144,6 +145,8 @@ class CountingEngine:
                 self._states[digest] = AdapterState("gpu", 100, pinned=pinned)
             case Release():
                 self._releasing.append(command)
+            case ForgetPrefixes(ticket):
+                self._done.append(Done(ticket))
 
     def step(self) -> StepReport:
         time.sleep(self._recipe.step_s if self._given else 0.0)

@@ -32,6 +32,23 @@ def test_a_repeated_prompt_is_found_but_its_last_token_is_computed_again() -> No
     assert cached_after(sequence(list(range(13))), sequence(list(range(13)))) == 12
 
 
+def test_forgotten_blocks_are_free_and_found_by_nobody_while_their_users_keep_theirs() -> None:
+    pool, left, stays = BlockPool(64, 4), sequence(list(range(12))), sequence(list(range(100, 112)))
+    for seq in (left, stays):
+        compute(pool, seq)
+    kept = list(stays.block_ids)
+    pool.release(left)
+    pool.forget()
+    assert stays.block_ids == kept
+    assert pool.num_used == 3
+    for tokens in (left.tokens, stays.tokens):
+        later = sequence(tokens)
+        pool.attach_prefix(later)
+        assert later.num_computed == 0
+    pool.release(stays)
+    assert pool.num_free == pool.num_blocks
+
+
 def test_a_common_head_is_found_up_to_the_first_difference() -> None:
     assert cached_after(sequence([1, 2, 3, 4, 5, 6, 7, 8, 9]), sequence([1, 2, 3, 4, 5, 6, 7, 0, 9])) == 4
 

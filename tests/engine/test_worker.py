@@ -171,6 +171,7 @@ async def test_warm_pin_and_release_reach_the_engine_and_are_answered(host: Host
         await worker.warm("c")
         assert worker.stats.adapters["b"].pinned
         assert await worker.release("a") == 100
+        await worker.forget_prefixes()
         assert set(worker.stats.adapters) == {"b", "c"}
 
 

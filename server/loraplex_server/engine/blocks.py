@@ -112,6 +112,13 @@ class BlockPool:
         seq.num_computed = 0
         seq.num_published_blocks = 0
 
+    def forget(self) -> None:
+        """Forget the content of all blocks; those in use stay with their users and are found by nobody else."""
+        self._free += reversed(self._idle)
+        self._idle.clear()
+        self._hash_of.clear()
+        self._block_of.clear()
+
     def _extend_hashes(self, seq: Sequence, num_tokens: int) -> None:
         size = self.block_size
         hashes = seq.block_hashes

@@ -18,6 +18,7 @@ from loraplex_server.engine.messages import (
     Done,
     EngineStats,
     Failure,
+    ForgetPrefixes,
     Pin,
     Release,
     StepReport,
@@ -157,6 +158,9 @@ class Engine:
                 self._residency.pin(digest, pinned)
             case Release(ticket, digest):
                 self._tickets.releasing[ticket] = digest
+            case ForgetPrefixes(ticket):
+                self._blocks.forget()
+                self._done.append(Done(ticket))
 
     def step(self) -> StepReport:
         """Run one step and say what it brought. Raises nothing: failures are outputs."""

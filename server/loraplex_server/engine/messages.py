@@ -49,6 +49,13 @@ class Release:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class ForgetPrefixes:
+    """Forget what the KV cache holds of earlier prompts. Answered by ``Done``."""
+
+    ticket: int
+
+
 # --- from the engine -------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +90,7 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer to a ``Warm`` or ``Release``."""
+    """The answer to a ``Warm``, ``Release`` or ``ForgetPrefixes``."""
 
     ticket: int
     failure: Failure | None = None
@@ -149,4 +156,4 @@ class StepReport:
     stats: EngineStats | None = None
 
 
-Command = Submit | Abort | Warm | Pin | Release
+Command = Submit | Abort | Warm | Pin | Release | ForgetPrefixes

@@ -18,6 +18,7 @@ from loraplex_server.engine.messages import (
     Done,
     EngineStats,
     Failure,
+    ForgetPrefixes,
     Pin,
     Release,
     StepReport,
@@ -183,6 +184,10 @@ class Worker:
     async def release(self, digest: str) -> int:
         """Free every tier of an adapter once nobody uses it; the bytes given back. Raises EngineStopped."""
         return (await self._call(lambda ticket: Release(ticket, digest))).freed_bytes
+
+    async def forget_prefixes(self) -> None:
+        """Empty the prefix cache. Raises EngineStopped."""
+        await self._call(ForgetPrefixes)
 
     def pin(self, digest: str, pinned: bool) -> None:
         """Keep an adapter on the device once it is there, or let it go again."""
