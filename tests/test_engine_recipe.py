@@ -29,5 +29,5 @@ def test_an_engine_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(engine_recipe, "Engine", out_of_memory)
     decoder: Any = SimpleNamespace(spec=SimpleNamespace(eos_token_ids=(2,)), base_shape=None)
     limits: Any = None
-    with pytest.raises(TooLittleMemory, match="beside the base.*--kv-cache-memory"):
+    with pytest.raises(TooLittleMemory, match=r"beside the base.*--kv-cache-memory"):
         PlannedBase(decoder, limits, tmp_path).build(lambda: None)
