@@ -1,36 +1,27 @@
-"""Where each adapter is: on disk, in (pinned) host memory, on the device; and how it gets there.
+"""Where each adapter is: on disk, in (pinned) host memory, on the device; who uses it, and who waits for it.
 
-An adapter is found (how large will it be?), made in host memory, and copied to the device; each step waits for room and
-for its turn, in the order in which adapters were asked for. The work is done beside the step loop (``engine.copies``), so
-a load never blocks it and a request waits only for its own adapter. All state here belongs to the engine's thread;
-``poll`` takes in what has been done once a step, and costs nothing that grows with the number of adapters.
+Loading is done beside the step loop (``engine.loading``), so it never blocks a step and a request waits only for its own
+adapter. All state here belongs to the engine's thread; ``poll`` takes in what has been done once a step, and costs
+nothing that grows with the number of adapters.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from loraplex_adapters.base import BaseShape
-from loraplex_server.engine.adapter_image import AdapterLayout
-from loraplex_server.engine.copies import NUM_READS, Copies, Landed
+from loraplex_server.engine.copies import Copies
 from loraplex_server.engine.device_tier import DeviceTier, SlotTables
 from loraplex_server.engine.epilogue import BaseWeights
-from loraplex_server.engine.extents import Extents
-from loraplex_server.engine.host_memory import HostBlock, HostMemory
+from loraplex_server.engine.host_memory import HostMemory
 from loraplex_server.engine.host_tier import HostTier
-from loraplex_server.engine.image_source import ImageSource, OpenAdapter
+from loraplex_server.engine.image_source import OpenAdapter
+from loraplex_server.engine.loading import Loading, Phase, Traveler
 from loraplex_server.engine.messages import AdapterLoad, Failure, Residency
 from loraplex_server.kernels.lora_ref import GroupDelta
 from loraplex_server.model.adapters import OutsideParts
-
-# Copies to the device that are under way or next in line; the bus takes one at a time.
-_NUM_SENDS: Final = 2
-_NUM_FINDS: Final = 8
 
 
 class AdapterLoadError(Exception):
@@ -41,30 +32,15 @@ class AdapterLoadError(Exception):
         self.failure = failure
 
 
-class _Phase(Enum):
-    STILL = "still"
-    FINDING = "finding"
-    TO_HOST = "to_host"
-    TO_DEVICE = "to_device"
-
-
 @dataclass(slots=True, eq=False)
-class _Entry:
+class _Entry(Traveler):
     """What is known of an adapter that is in memory, on its way, or asked for."""
 
-    digest: str
-    phase: _Phase = _Phase.STILL
-    source: ImageSource | None = None
-    layout: AdapterLayout | None = None
-    block: HostBlock | None = None
     num_users: int = 0
     num_expected: int = 0
     pinned: bool = False
-    wanted: bool = False
-    urgent: bool = False
     # It came in since requests were last admitted: evicted now, it would have been loaded for nobody.
     fresh: bool = False
-    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +67,17 @@ class AdapterResidency:
     ) -> None:
         self._itemsize = dtype.itemsize
         self._entries: dict[str, _Entry] = {}
-        self._memory = HostMemory(limits.host_bytes, dtype, pinned=device.type == "cuda")
-        self._host = HostTier(self._memory, may_drop=self._may_drop_image, on_drop=self._changed_tier)
+        memory = HostMemory(limits.host_bytes, dtype, pinned=device.type == "cuda")
+        self._host = HostTier(memory, may_drop=self._may_drop_image, on_drop=self._left_tier)
         self._device = DeviceTier(limits.device_bytes, dtype, device)
-        self._copies: Copies[_Entry] = Copies(
+        copies: Copies[Traveler] = Copies(
             open_adapter=open_adapter, base=base, dtype=dtype, device=device, wake=wake, weights=weights
         )
-        # Who waits for its turn, by what must be done next. An entry whose turn has passed otherwise is skipped.
-        self._to_find: deque[_Entry] = deque()
-        self._to_read: deque[_Entry] = deque()
-        self._to_send: deque[_Entry] = deque()
-        self._num_under_way = dict.fromkeys(_Phase, 0)
-        self._num_urgent = 0
-        # Who found no room on the device, and when: asking again is of no use before something there has changed.
-        self._no_room: tuple[_Entry, int, int] | None = None
+        self._loading = Loading(
+            copies, memory, self._host, self._device, on_arrival=self._arrived, on_eviction=self._left_tier
+        )
         self._fresh: list[_Entry] = []
         self._changed: set[str] = set()
-        self._lock_ahead()
 
     # --- the model's side -------------------------------------------------------------------------------------------
 
@@ -151,7 +121,7 @@ class AdapterResidency:
             entry.num_expected -= 1
             self._refile(entry)
             if entry.num_expected == 0:
-                self._calm(entry)
+                self._loading.calm(entry)
                 self._forget_if_empty(entry)
 
     def acquire(self, digest: str, *, urgent: bool = False) -> int | None:
@@ -185,8 +155,7 @@ class AdapterResidency:
     def lacks_room(self, digest: str) -> bool:
         """Whether the adapter could be copied to the device at once if others left it."""
         entry = self._entries.get(digest)
-        waits = entry is not None and entry.wanted and entry.phase is _Phase.STILL
-        return waits and bool(self._to_send) and self._num_under_way[_Phase.TO_DEVICE] == 0
+        return entry is not None and self._loading.lacks_room(entry)
 
     def pin(self, digest: str, pinned: bool) -> None:
         """A pinned adapter stays on the device once it is there."""
@@ -200,9 +169,9 @@ class AdapterResidency:
         entry = self._entries.get(digest)
         if entry is None:
             return 0
-        if entry.num_users > 0 or entry.phase is not _Phase.STILL:
+        if entry.num_users > 0 or entry.phase is not Phase.STILL:
             return None
-        self._no_longer_wanted(entry)
+        self._loading.give_up(entry)
         freed = self._host.drop(digest) + self._device.evict(digest)
         del self._entries[digest]
         self._changed.add(digest)
@@ -211,11 +180,10 @@ class AdapterResidency:
     def poll(self) -> list[AdapterLoad]:
         """Take in what the copying threads have finished, and start what can follow."""
         loads = []
-        for landed in self._copies.landed():
+        for landed in self._loading.poll():
+            self._changed.add(landed.owner.digest)
             if landed.load is not None:
                 loads.append(landed.load)
-            self._take_in(landed)
-        self._go_on()
         return loads
 
     def expose(self) -> None:
@@ -245,7 +213,7 @@ class AdapterResidency:
 
     @property
     def num_copies_running(self) -> int:
-        return sum(self._num_under_way.values())
+        return self._loading.num_under_way
 
     def take_changed(self) -> set[str]:
         """The adapters whose ``where`` may have another answer since the last call."""
@@ -283,7 +251,7 @@ class AdapterResidency:
         return failure
 
     def close(self) -> None:
-        self._copies.close()
+        self._loading.close()
 
     # --- state ------------------------------------------------------------------------------------------------------
 
@@ -305,9 +273,9 @@ class AdapterResidency:
 
     def _may_drop_image(self, digest: str) -> bool:
         entry = self._entries[digest]
-        return not entry.wanted and entry.phase is _Phase.STILL
+        return not entry.wanted and entry.phase is Phase.STILL
 
-    def _changed_tier(self, digest: str) -> None:
+    def _left_tier(self, digest: str) -> None:
         """The adapter has left host memory or the device."""
         self._changed.add(digest)
         entry = self._entries.get(digest)
@@ -316,147 +284,16 @@ class AdapterResidency:
 
     def _forget_if_empty(self, entry: _Entry) -> None:
         needed = entry.wanted or entry.pinned or entry.num_expected or entry.failure is not None
-        if needed or entry.phase is not _Phase.STILL or entry.digest in self._host or self.is_resident(entry.digest):
+        if needed or entry.phase is not Phase.STILL or entry.digest in self._host or self.is_resident(entry.digest):
             return
         self._entries.pop(entry.digest, None)
         self._changed.add(entry.digest)
 
-    # --- taking turns -----------------------------------------------------------------------------------------------
-
     def _want(self, entry: _Entry, *, urgent: bool = False) -> None:
-        if self.is_resident(entry.digest) or entry.failure is not None:
-            return
-        if urgent and not entry.urgent:
-            entry.urgent = True
-            self._num_urgent += 1
-        elif entry.wanted:
-            return
-        entry.wanted = True
-        self._queue(entry)
-        self._go_on()
+        if not self.is_resident(entry.digest) and entry.failure is None:
+            self._loading.want(entry, urgent=urgent)
 
-    def _queue(self, entry: _Entry) -> None:
-        if entry.phase is not _Phase.STILL:
-            return  # it is queued again when that has ended
-        turns = self._to_send if entry.digest in self._host else self._to_read if entry.source else self._to_find
-        if entry.urgent:
-            turns.appendleft(entry)
-        else:
-            turns.append(entry)
-
-    def _calm(self, entry: _Entry) -> None:
-        if entry.urgent:
-            entry.urgent = False
-            self._num_urgent -= 1
-
-    def _no_longer_wanted(self, entry: _Entry) -> None:
-        entry.wanted = False
-        self._calm(entry)
-
-    def _go_on(self) -> None:
-        """Start what has its turn and its room."""
-        self._start_all(self._to_send, _Phase.TO_DEVICE, _NUM_SENDS, self._send)
-        self._start_all(self._to_read, _Phase.TO_HOST, NUM_READS, self._read)
-        self._start_all(self._to_find, _Phase.FINDING, _NUM_FINDS, self._find)
-
-    def _start_all(self, turns: deque[_Entry], phase: _Phase, most: int, start: Callable[[_Entry], bool]) -> None:
-        while turns and self._num_under_way[phase] < most:
-            entry = turns[0]
-            if entry.wanted and entry.phase is _Phase.STILL and self._next_phase(entry) is phase:
-                if not start(entry):
-                    return  # whoever is behind it waits too, or the large would never get their room
-                entry.phase = phase
-                self._num_under_way[phase] += 1
-            turns.popleft()
-
-    def _next_phase(self, entry: _Entry) -> _Phase:
-        if entry.digest in self._host:
-            return _Phase.TO_DEVICE
-        return _Phase.TO_HOST if entry.source else _Phase.FINDING
-
-    def _find(self, entry: _Entry) -> bool:
-        self._copies.find(entry, entry.digest)
-        return True
-
-    def _read(self, entry: _Entry) -> bool:
-        assert entry.source is not None
-        block = self._host.reserve(entry.source.layout.num_elements)
-        if block is None:
-            return False
-        entry.block = block
-        self._copies.to_host(entry, entry.digest, entry.source, block)
-        self._lock_ahead()
-        return True
-
-    def _send(self, entry: _Entry) -> bool:
-        asked = (entry, self._num_urgent, self._device.num_changes)
-        if asked == self._no_room:
-            return False
-        image = self._host.get(entry.digest)
-        assert image is not None
-        extent = self._device.reserve(entry.digest, image.layout, urgent=self._num_urgent > 0)
-        for digest in self._device.take_evicted():
-            self._changed_tier(digest)
-        if extent is None:
-            self._no_room = asked
-            return False
-        target = self._device.arena.view(extent)
-        self._copies.to_device(entry, entry.digest, image, target, self._device.free_since)
-        return True
-
-    def _lock_ahead(self) -> None:
-        """Have the next piece of host memory made before it is needed."""
-        for segment in self._memory.spares():
-            self._copies.make_memory(segment)
-
-    # --- what has ended ---------------------------------------------------------------------------------------------
-
-    def _take_in(self, landed: Landed[_Entry]) -> None:
-        entry = landed.owner
-        phase, entry.phase = entry.phase, _Phase.STILL
-        self._num_under_way[phase] -= 1
-        self._changed.add(entry.digest)
-        if landed.failure is not None:
-            self._take_back(entry, phase)
-            self._fail(entry, landed.failure)
-        elif landed.source is not None:
-            self._found(entry, landed.source)
-        elif landed.image is not None:
-            assert entry.block is not None
-            self._host.keep(entry.digest, landed.image, entry.block)
-            entry.block = None
-            self._queue(entry)
-        else:
-            self._arrived(entry)
-
-    def _take_back(self, entry: _Entry, phase: _Phase) -> None:
-        if phase is _Phase.TO_HOST:
-            assert entry.block is not None
-            self._host.give_back(entry.block)
-            entry.block = None
-        elif phase is _Phase.TO_DEVICE:
-            self._device.evict(entry.digest)
-
-    def _fail(self, entry: _Entry, failure: Failure) -> None:
-        self._no_longer_wanted(entry)
-        entry.source = None  # it may be another the next time
-        entry.failure = failure
-
-    def _found(self, entry: _Entry, source: ImageSource) -> None:
-        entry.source, entry.layout = source, source.layout
-        num_elements = source.layout.num_elements
-        if Extents.rounded(num_elements) > self._device.arena.num_elements:
-            message = (
-                f"the adapter takes {num_elements * self._itemsize / 2**20:.1f} MiB, more than all memory set aside for "
-                f"adapters ({self.bytes_total / 2**20:.1f} MiB); raise --adapter-memory"
-            )
-            self._fail(entry, Failure("adapter_load_failed", message))
-        else:
-            self._queue(entry)
-
-    def _arrived(self, entry: _Entry) -> None:
-        self._device.settle(entry.digest)
-        self._no_longer_wanted(entry)
+    def _arrived(self, traveler: Traveler) -> None:
+        entry = self._entries[traveler.digest]
         entry.fresh = True
         self._fresh.append(entry)
-        self._host.touch(entry.digest)
