@@ -177,11 +177,11 @@ class ServeSettings(BaseSettings):
         "its memory allows, and 2048 on a CPU.",
     )
     max_mixed_tokens: int = Field(
-        1024,
+        512,
         ge=16,
         le=1_000_000,
-        description="Most prompt tokens in a step that also decodes: fewer keep running answers fluent, more shorten "
-        "the wait for new ones.",
+        description="Prompt tokens whose time may pass between two tokens of running answers: fewer keep these fluent, "
+        "more shorten the wait for new ones.",
     )
     prefix_cache: bool = Field(True, description="Whether to reuse the KV cache of equal beginnings of prompts.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of requests that bring none.")

@@ -79,7 +79,7 @@ class Bench:
     def compare(self, chunks: list[Chunk]) -> None:
         batch = build_batch(Plan(tuple(chunks)), BLOCK_SIZE, DEVICE)
         expected = self.decoder.forward(batch, self.plain, self.lookup)
-        assert_close(self.path.run(batch), expected)
+        assert_close(self.path.start(batch).finish(), expected)
 
 
 def sequences(lengths: Mapping[int, int]) -> list[Sequence]:
@@ -119,11 +119,11 @@ def test_prompts_in_pieces_beside_rows_that_decode(bench: Bench) -> None:
 def test_a_step_takes_no_memory_that_grows_with_its_tokens(bench: Bench) -> None:
     chunks = [Chunk(seq, 0, len(seq.tokens)) for seq in sequences({-1: 60, 0: 90, 1: 100})]
     batch = build_batch(Plan(tuple(chunks)), BLOCK_SIZE, DEVICE)
-    bench.path.run(batch)  # kernels are compiled, and cuBLAS takes its workspace
+    bench.path.start(batch).finish()  # kernels are compiled, and cuBLAS takes its workspace
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held, taken = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["num_device_alloc"]
-    bench.path.run(batch)
+    bench.path.start(batch).finish()
     # The smallest activation of these 250 rows has 64 kB.
     assert torch.cuda.max_memory_allocated() - held <= 16 << 10
     assert torch.cuda.memory_stats()["num_device_alloc"] == taken

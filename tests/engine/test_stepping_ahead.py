@@ -116,6 +116,32 @@ class HostRows:
         )
 
 
+@dataclass
+class HostPrompts:
+    """``PromptPath`` over the plain decoder: all of a batch is computed where its last layer would be."""
+
+    engine: Engine
+    decoder: Decoder
+    num_advances: int = 0
+
+    def start(self, batch: Batch) -> "HostPass":
+        return HostPass(self, batch)
+
+
+@dataclass
+class HostPass:
+    prompts: HostPrompts
+    batch: Batch
+
+    def advance(self, num_layers: int) -> None:
+        self.prompts.num_advances += 1
+
+    def finish(self) -> torch.Tensor:
+        engine = self.prompts.engine
+        self.batch.kv_slots.clamp_(min=0)  # the first block is nobody's
+        return self.prompts.decoder.forward(self.batch, engine._kv, engine._residency)
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, dict[str, Path]]:
     root = tmp_path_factory.mktemp("ahead")
@@ -129,6 +155,13 @@ def with_rows(parts: tuple[Decoder, dict[str, Path]], **limits: int) -> tuple[En
     rows = HostRows(engine, parts[0])
     engine._stepper._path = rows  # type: ignore[assignment]
     return engine, rows
+
+
+def with_layers(parts: tuple[Decoder, dict[str, Path]], **limits: int) -> tuple[Engine, HostRows, HostPrompts]:
+    engine, rows = with_rows(parts, **limits)
+    prompts = HostPrompts(engine, parts[0])
+    engine._stepper._runner._prompts = prompts  # type: ignore[assignment]
+    return engine, rows, prompts
 
 
 def requests(num: int = 9, **sampling: object) -> list[Request]:
@@ -217,4 +250,59 @@ def test_a_long_prompt_comes_in_pieces_between_which_others_get_their_tokens(
     # The first of these steps hands out the token that was in flight as well.
     assert [decode for _, decode in sizes] == [2] + [1] * 12
     assert rows.num_seatings == seatings, "a row that goes on is seated once"
+    engine.close()
+
+
+def test_rows_decode_between_the_layers_of_a_long_prompt(parts: tuple[Decoder, dict[str, Path]]) -> None:
+    plain = real_engine(*parts)
+    expected = answers(run(plain, requests()))
+    plain.close()
+    engine, rows, prompts = with_layers(parts, max_mixed_tokens=7)
+    assert answers(run(engine, requests())) == expected
+    assert prompts.num_advances > 0
+    assert rows.num_ahead > 0
+    engine.close()
+
+
+def test_a_prompt_goes_through_all_layers_in_as_many_steps_as_its_time_takes(
+    parts: tuple[Decoder, dict[str, Path]],
+) -> None:
+    engine, _, _ = with_layers(parts, max_mixed_tokens=16, max_batched_tokens=256, kv_blocks=257)
+    talker = Request("talker", (1, 2, 3), SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
+    engine.handle(Submit(talker))
+    while not engine.step().num_decode_tokens:
+        pass
+    engine.handle(Submit(Request("reader", tuple(range(200)), SamplingParams(max_tokens=1, temperature=0.0))))
+    reports = [engine.step(), engine.step()]
+    # One layer of two each; the first hands out the token that was in flight as well.
+    assert [(report.num_prefill_tokens, report.num_decode_tokens) for report in reports] == [(100, 2), (100, 1)]
+    assert "reader" in {output.request_id for output in reports[1].outputs}
+    engine.close()
+
+
+def test_a_client_that_leaves_between_layers_takes_nothing_with_it(parts: tuple[Decoder, dict[str, Path]]) -> None:
+    others = requests(4, max_tokens=40)
+    expected = answers(run(real_engine(*parts), others))
+    engine, _, prompts = with_layers(parts, max_mixed_tokens=16, max_batched_tokens=256, kv_blocks=257)
+    found: dict[str, list[int]] = {request.id: [] for request in others}
+    for request in others[:2]:
+        engine.handle(Submit(request))
+    for _ in range(6):
+        for output in engine.step().outputs:
+            found[output.request_id] += output.token_ids
+    for request in (Request("leaver", tuple(range(180)), SamplingParams(max_tokens=9)), *others[2:]):
+        engine.handle(Submit(request))
+    seen = prompts.num_advances
+    while prompts.num_advances == seen:
+        for output in engine.step().outputs:
+            found[output.request_id] += output.token_ids
+    engine.handle(Abort("leaver"))
+    while engine.is_waiting:
+        for output in engine.step().outputs:
+            if output.request_id != "leaver":
+                found[output.request_id] += output.token_ids
+    assert found == {name: token_ids for name, (token_ids, _) in expected.items()}
+    stats = engine.step().stats
+    assert stats is not None
+    assert (stats.num_running, stats.kv_blocks_used) == (0, 0)
     engine.close()

@@ -48,8 +48,8 @@ class EngineLimits:
     """What the engine may use.
 
     kv_blocks blocks of block_size tokens; adapter bytes on the device and in host memory; max_running sequences at
-    once; max_batched_tokens a step, of which prompts have at most max_mixed_tokens while others decode; max_model_len
-    tokens a sequence, prompt and answer together.
+    once; max_batched_tokens a step; max_model_len tokens a sequence, prompt and answer together. Between two tokens of
+    sequences that decode, prompts get the time of max_mixed_tokens.
     """
 
     max_model_len: int
@@ -120,6 +120,7 @@ class Engine:
             path,
             self._scheduler,
             self._blocks,
+            mixed_tokens=limits.max_mixed_tokens,
             on_token=self._append,
             on_failure=self._fail,
         )

@@ -1,6 +1,7 @@
 """Prompts on a GPU: the fused forward pass of any batch, with the adapters that its rows name."""
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -22,15 +23,16 @@ class PromptPath:
         self, decoder: Decoder, kv: KVCache, adapters: DeviceAdapters, lookup: AdapterLookup, *, max_tokens: int
     ) -> None:
         self._forward = FusedPrefill(decoder, kv, max_tokens=max_tokens)
+        self._num_layers = decoder.spec.num_layers
         self._adapters = adapters
         self._lookup = lookup
         self._workspace = SegmentWorkspace.allocate(
             max_rows=max_tokens, rank_capacity=RANK_CAPACITY, dtype=decoder.dtype, device=decoder.device
         )
 
-    def run(self, batch: Batch) -> Tensor:
-        """Normed hidden states [T, H], which the next run overwrites."""
-        return self._forward.forward(batch, self._deltas(batch) if batch.segments else None)
+    def start(self, batch: Batch) -> "PromptPass":
+        """Begin a pass; the one before has ended."""
+        return PromptPass(self._forward, batch, self._deltas(batch) if batch.segments else None, self._num_layers)
 
     def _deltas(self, batch: Batch) -> PromptDeltas:
         tabled = [s for s in batch.segments if self._adapters.fits(s.slot)]
@@ -39,6 +41,28 @@ class PromptPath:
         tiles = torch.tensor(cut_rows(((s.start, s.stop, s.slot) for s in tabled), batch.num_tokens), dtype=torch.int32)
         rows = RowTiles(send(tiles, batch.token_ids.device), most_ranks)
         return _BatchDeltas(self._adapters, self._lookup, rows, others, self._workspace)
+
+
+class PromptPass:
+    """One batch on its way through the layers."""
+
+    def __init__(self, forward: FusedPrefill, batch: Batch, deltas: PromptDeltas | None, num_layers: int) -> None:
+        self._forward = forward
+        self._batch = batch
+        self._deltas = deltas
+        self._layers = iter(range(num_layers))
+        self._x = forward.start(batch)
+
+    def advance(self, num_layers: int) -> None:
+        """Queue the next layers on the device, as many as there are."""
+        for index in islice(self._layers, num_layers):
+            self._x = self._forward.layer(index, self._batch, self._deltas)
+
+    def finish(self) -> Tensor:
+        """The rest of the layers: normed hidden states [T, H], which the next pass overwrites."""
+        for index in self._layers:
+            self._x = self._forward.layer(index, self._batch, self._deltas)
+        return self._x
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """One forward pass of any plan: it becomes a batch, the batch becomes tokens.
 
-``launch`` queues the work on the device, ``collect`` reads what came of it; between the two the host is free.
+``begin`` makes the batch, ``advance`` queues some of its layers on the device, ``launch`` what is left, and ``collect``
+reads what came of it; between these the host, and the device's stream, are free for others.
 """
 
 from __future__ import annotations
@@ -24,10 +25,37 @@ from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from loraplex_server.engine.prompt_path import PromptPath
+    from loraplex_server.engine.prompt_path import PromptPass, PromptPath
 
 # Rows of logits held at once while prompt log-probabilities are computed; bounds memory at large vocabularies.
 _PROMPT_LOGIT_ROWS = 256
+
+
+@dataclass(slots=True)
+class UnderWay:
+    """A plan that has begun. ``prompts`` None: it has no layers of its own, and is launched in one piece."""
+
+    plan: Plan
+    batch: Batch
+    prompts: PromptPass | None
+    num_layers: int
+    num_done: int = 0
+
+    def advance(self, num_layers: int) -> bool:
+        """Queue layers, but never the last; whether that is to be launched now."""
+        if self.prompts is None or self.num_done + num_layers >= self.num_layers:
+            return True
+        self.prompts.advance(num_layers)
+        self.num_done += num_layers
+        return False
+
+    def drop(self, seq: Sequence) -> None:
+        """The sequence has ended: its blocks may belong to others, so the layers to come write nothing for it."""
+        row = 0
+        for chunk in self.plan.chunks:
+            if chunk.seq is seq:
+                self.batch.kv_slots[row : row + chunk.length] = -1
+            row += chunk.length
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +96,26 @@ class Runner:
         self._sampler = sampler
         self._device = decoder.device
 
-    @torch.inference_mode()
-    def launch(self, plan: Plan) -> Launched:
+    @property
+    def goes_by_layers(self) -> bool:
+        """Whether others can have the device between the layers of a plan."""
+        return self._prompts is not None
+
+    def begin(self, plan: Plan) -> UnderWay:
+        """Nothing else may begin before it is launched."""
         batch = build_batch(plan, self._kv.block_size, self._device)
+        prompts = self._prompts
         # Adapters that change more than the layers' linears run through the plain pass, which knows all they do.
-        if self._prompts is not None and not any(self._adapters.outside(s.slot) for s in batch.segments):
-            hidden = self._prompts.run(batch)
+        if prompts is not None and any(self._adapters.outside(s.slot) for s in batch.segments):
+            prompts = None
+        return UnderWay(plan, batch, prompts.start(batch) if prompts else None, self._decoder.spec.num_layers)
+
+    @torch.inference_mode()
+    def launch(self, under_way: UnderWay) -> Launched:
+        """Queue what is left of it, and the sampling."""
+        plan, batch = under_way.plan, under_way.batch
+        if under_way.prompts is not None:
+            hidden = under_way.prompts.finish()
         else:
             hidden = self._decoder.forward(batch, self._kv, self._adapters)
         seqs = tuple(chunk.seq for chunk in plan.chunks if chunk.samples)

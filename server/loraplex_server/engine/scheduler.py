@@ -18,7 +18,7 @@ from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.residency import AdapterLoadError, AdapterResidency
 from loraplex_server.engine.sequence import Sequence, Status
 
-DEFAULT_MIXED_TOKENS: Final = 1024
+DEFAULT_MIXED_TOKENS: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """max_running sequences at once, max_batched_tokens a step, and how long an adapter without any running sequence
-    waits before a place is taken for it from the adapter that holds most. Beside sequences that decode, a step computes
-    at most max_mixed_tokens of prompts: their next token waits for it."""
+    waits before a place is taken for it from the adapter that holds most. Where sequences that decode wait for a step's
+    prompts, these have at most max_mixed_tokens."""
 
     max_running: int
     max_batched_tokens: int
@@ -148,11 +148,17 @@ class Scheduler:
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def schedule(self, now_s: float) -> tuple[Plan, list[tuple[Sequence, Failure]]]:
-        """The next step, and the waiting sequences whose adapter could not be loaded."""
-        num_decoding = sum(seq.num_uncomputed == 1 for seq in self.running)
+    def decoding(self) -> list[Sequence]:
+        """The running sequences that need one token computed."""
+        return [seq for seq in self.running if seq.num_uncomputed == 1]
+
+    def schedule(self, now_s: float, *, bounded: bool = True) -> tuple[Plan, list[tuple[Sequence, Failure]]]:
+        """The next step, and the waiting sequences whose adapter could not be loaded.
+
+        ``bounded``: sequences that decode wait for the prompts in it, whose tokens are therefore bounded.
+        """
         budget = self._limits.max_batched_tokens
-        if num_decoding:
+        if bounded and (num_decoding := len(self.decoding())):
             budget = min(budget, num_decoding + self._limits.max_mixed_tokens)
         chunks: dict[int, Chunk] = {}
         # Decodes first: a long prompt must not delay everybody's next token.

@@ -9,7 +9,7 @@ import torch
 
 from loraplex_server.engine.blocks import BlockPool
 from loraplex_server.engine.messages import Failure
-from loraplex_server.engine.runner import Runner, StepResult
+from loraplex_server.engine.runner import Runner, StepResult, UnderWay
 from loraplex_server.engine.sampler import Sampled
 from loraplex_server.engine.scheduler import Plan, Scheduler
 from loraplex_server.engine.sequence import Sequence, Status
@@ -32,6 +32,8 @@ class Stepper:
     """Runs steps on one runner and, where there is one, on a decode path.
 
     ``on_token`` gets every new token, ``on_failure`` every sequence that cannot go on; both may retire the sequence.
+    Prompts beside rows that decode go through the layers a few at a time, with a step of the rows in between: as many
+    layers as take no longer than all of them would for ``mixed_tokens``.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Stepper:
         scheduler: Scheduler,
         blocks: BlockPool,
         *,
+        mixed_tokens: int,
         on_token: Callable[[Sequence, Sampled], None],
         on_failure: Callable[[Sequence, Failure], None],
     ) -> None:
@@ -48,9 +51,11 @@ class Stepper:
         self._path = path
         self._scheduler = scheduler
         self._blocks = blocks
+        self._mixed_tokens = mixed_tokens
         self._on_token = on_token
         self._on_failure = on_failure
         self._in_flight: LaunchedRows | None = None
+        self._under_way: UnderWay | None = None
         self._steps_ahead = 0
 
     @property
@@ -59,16 +64,20 @@ class Stepper:
 
     def step(self, now_s: float) -> StepSize:
         """One step. Failures go to ``on_failure``; nothing is raised."""
+        if self._under_way is not None:
+            return self._go_on(self._under_way)
         return self._step_ahead() or self._step_planned(now_s)
 
     def retire(self, seq: Sequence) -> None:
         """The sequence runs no longer, whatever is in flight."""
         if self._path is not None:
             self._path.unseat(seq)
+        if self._under_way is not None:
+            self._under_way.drop(seq)
 
     def close(self) -> None:
         """Give back what the device holds for steps."""
-        self._in_flight = None
+        self._in_flight = self._under_way = None
         if self._path is not None:
             self._path.close()
 
@@ -76,7 +85,10 @@ class Stepper:
 
     def _step_planned(self, now_s: float) -> StepSize:
         num_read = self._read_in_flight()
-        plan, failed = self._scheduler.schedule(now_s)
+        decoding = self._scheduler.decoding()
+        # Where rows decode between the layers of prompts, these need not be cut short for them.
+        between = self._runner.goes_by_layers and self._path is not None and self._path.takes(decoding)
+        plan, failed = self._scheduler.schedule(now_s, bounded=not between)
         for seq, failure in failed:
             self._on_failure(seq, failure)
         decoding = [chunk.seq for chunk in plan.chunks if chunk.decodes]
@@ -85,44 +97,70 @@ class Stepper:
             plan = Plan(tuple(chunk for chunk in plan.chunks if not chunk.decodes))
         if not plan.chunks:
             return StepSize(0, num_read)
-        num_decode = sum(chunk.decodes for chunk in plan.chunks)
-        return StepSize(plan.num_tokens - num_decode, num_decode + num_read + self._run(plan))
-
-    def _run(self, plan: Plan) -> int:
-        """Run a plan; while it is under way, hand out the tokens of the decode rows launched before it, and count them."""
-        num_read = 0
         try:
-            launched = self._runner.launch(plan)
+            self._under_way = self._runner.begin(plan)
+        except Exception as error:
+            self._give_up(plan, error)
+            return StepSize(0, num_read)
+        size = self._go_on(self._under_way)
+        return StepSize(size.num_prefill, size.num_decode + num_read)
+
+    def _go_on(self, under_way: UnderWay) -> StepSize:
+        """Queue the plan's next layers, then the rows' next step; hand out the tokens of their step before."""
+        plan, rows, num_done = under_way.plan, self._in_flight, under_way.num_done
+        share = self._mixed_tokens * under_way.num_layers // plan.num_tokens if rows else under_way.num_layers
+        num_read, num_decode = 0, sum(chunk.decodes for chunk in plan.chunks)
+        try:
+            if not under_way.advance(max(1, share)):
+                before = self._launch_ahead()
+                num_read = self._read_rows(before) if before else self._read_in_flight()
+                num_layers = under_way.num_done - num_done
+                return StepSize(plan.num_tokens * num_layers // under_way.num_layers, num_read)
+            launched = self._runner.launch(under_way)
             num_read = self._read_in_flight()
             result = self._runner.collect(launched)
-        except torch.OutOfMemoryError:
-            self._shed(plan)
         except Exception as error:  # one step's failure must not take the engine down
-            self._fail([chunk.seq for chunk in plan.chunks], error)
+            self._under_way = None
+            self._give_up(plan, error)
         else:
+            self._under_way = None
             self._postprocess(result)
-        return num_read
+        num_tokens = plan.num_tokens - num_decode
+        return StepSize(num_tokens - num_tokens * num_done // under_way.num_layers, num_decode + num_read)
+
+    def _give_up(self, plan: Plan, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            self._shed(plan)
+        else:
+            self._fail([chunk.seq for chunk in plan.chunks], error)
 
     def _shed(self, plan: Plan) -> None:
         """Out of device memory: give up the largest piece of work; the others run again in the next step."""
-        largest = max(plan.chunks, key=lambda chunk: chunk.length)
+        running = [chunk for chunk in plan.chunks if chunk.seq.status is Status.RUNNING]
+        if not running:
+            return
+        largest = max(running, key=lambda chunk: chunk.length)
         message = "the device ran out of memory for this request; shorten it or try again later"
         self._on_failure(largest.seq, Failure("out_of_memory", message))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _postprocess(self, result: StepResult) -> None:
+        # A sequence may have ended while its layers ran, because its client left.
         for chunk in result.plan.chunks:
+            if chunk.seq.status is not Status.RUNNING:
+                continue
             chunk.seq.num_computed = chunk.start + chunk.length
             self._blocks.commit(chunk.seq)
             # After a preemption the prompt is computed again, but its scores are known already.
             if chunk.start == len(chunk.seq.prompt_logprobs):
                 chunk.seq.prompt_logprobs += result.prompt_logprobs.get(id(chunk.seq), ())
         for seq, sampled in result.sampled:
-            self._on_token(seq, sampled)
+            if seq.status is Status.RUNNING:
+                self._on_token(seq, sampled)
 
     def _fail(self, seqs: list[Sequence], error: Exception) -> None:
-        for seq in seqs:
+        for seq in (seq for seq in seqs if seq.status is Status.RUNNING):
             self._on_failure(seq, Failure("engine_error", f"the step failed: {type(error).__name__}: {error}"))
 
     # --- decode rows ------------------------------------------------------------------------------------------------
@@ -134,16 +172,24 @@ class Stepper:
             return None
         if scheduler.num_waiting and self._steps_ahead >= _MOST_STEPS_AHEAD:
             return None
+        before = self._launch_ahead()
+        return StepSize(0, self._read_rows(before)) if before else None
+
+    def _launch_ahead(self) -> LaunchedRows | None:
+        """Launch the rows' next step; the one before, whose tokens are to be read. None where there can be no next."""
+        path, before = self._path, self._in_flight
+        if path is None or before is None:
+            return None
         live = path.live()
         for row, seq in live:
             if not self._blocks.grow(seq, path.next_position(row) + 1):
                 return None
         if not live:
             return None
-        in_flight, self._in_flight = self._in_flight, None
+        self._in_flight = None
         self._launch_rows(path, live, fresh=False)
         self._steps_ahead += 1
-        return StepSize(0, self._read_rows(in_flight))
+        return before
 
     def _start_rows(self, path: DecodePath, seqs: list[Sequence]) -> None:
         if not path.holds(seqs):

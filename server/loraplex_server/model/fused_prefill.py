@@ -1,6 +1,7 @@
 """Prompts on a GPU: the same mathematics as ``Decoder.forward`` for any batch, through fused kernels.
 
-A step works in buffers that are allocated once, so that it takes nothing large from the allocator.
+A pass works in buffers that are allocated once, so that it takes nothing large from the allocator. It goes layer by
+layer, so that rows which decode need not wait for the whole of it.
 """
 
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class _Buffers:
 
 
 class FusedPrefill:
-    """Runs batches of up to ``max_tokens`` rows on a decoder's weights over one KV cache."""
+    """Runs batches of up to ``max_tokens`` rows, one at a time, on a decoder's weights over one KV cache."""
 
     def __init__(self, decoder: Decoder, kv: KVCache, *, max_tokens: int) -> None:
         self._decoder = decoder
@@ -61,26 +62,35 @@ class FusedPrefill:
         self._buffers = _Buffers.allocate(decoder.spec, max_tokens, decoder.embed)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, deltas: PromptDeltas | None) -> Tensor:
-        """Normed hidden states [T, H], which the next pass overwrites. ``deltas`` None: all rows are the base's."""
-        spec, layers, buffers = self._decoder.spec, self._decoder.layers, self._buffers
-        num_tokens, eps = batch.num_tokens, spec.rms_eps
-        hidden, x, out = (_rows(b, num_tokens, spec.hidden_size) for b in (buffers.hidden, buffers.x, buffers.wide))
+    def start(self, batch: Batch) -> Tensor:
+        """Take in a batch; the normed rows that its first layer reads. Shape: [T, H], in a buffer of the pass."""
+        hidden, x, _ = self._residual(batch)
         torch.index_select(self._decoder.embed, 0, batch.token_ids, out=hidden)
-        rms_norm(hidden, layers[0].input_norm, eps, out=x)
-        for index, layer in enumerate(layers):
-            mixed = self._attend(batch, deltas, index, layer, x)
-            layer.o(mixed, out)
-            if deltas is not None:
-                deltas.add(out, mixed, index, "o")
-            add_rms_norm(out, hidden, layer.post_norm, eps, out=x)
-            inner = self._gate(deltas, index, layer, x)
-            layer.down(inner, out)
-            if deltas is not None:
-                deltas.add(out, inner, index, "down")
-            following = layers[index + 1].input_norm if index + 1 < len(layers) else self._decoder.final_norm
-            add_rms_norm(out, hidden, following, eps, out=x)
-        return x
+        return rms_norm(hidden, self._decoder.layers[0].input_norm, self._decoder.spec.rms_eps, out=x)
+
+    @torch.inference_mode()
+    def layer(self, index: int, batch: Batch, deltas: PromptDeltas | None) -> Tensor:
+        """Run the batch that was started last through one more layer; the normed rows that the next one reads, or,
+        after the last, the head. ``deltas`` None: all rows are the base's."""
+        layers, eps = self._decoder.layers, self._decoder.spec.rms_eps
+        layer, (hidden, x, out) = layers[index], self._residual(batch)
+        mixed = self._attend(batch, deltas, index, layer, x)
+        layer.o(mixed, out)
+        if deltas is not None:
+            deltas.add(out, mixed, index, "o")
+        add_rms_norm(out, hidden, layer.post_norm, eps, out=x)
+        inner = self._gate(deltas, index, layer, x)
+        layer.down(inner, out)
+        if deltas is not None:
+            deltas.add(out, inner, index, "down")
+        following = layers[index + 1].input_norm if index + 1 < len(layers) else self._decoder.final_norm
+        return add_rms_norm(out, hidden, following, eps, out=x)
+
+    def _residual(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of [T, H]: the rows, their norm, and what a linear adds to them."""
+        size, buffers = self._decoder.spec.hidden_size, self._buffers
+        hidden, x, out = (_rows(b, batch.num_tokens, size) for b in (buffers.hidden, buffers.x, buffers.wide))
+        return hidden, x, out
 
     def _attend(self, batch: Batch, deltas: PromptDeltas | None, index: int, layer: DecoderLayer, x: Tensor) -> Tensor:
         spec, num_tokens = self._decoder.spec, batch.num_tokens
