@@ -42,7 +42,7 @@ format: $(READY) ## Format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 
 bench: $(READY) ## Compare with transformers + peft on this machine's CPU
-	$(BIN)/loraplex bench serve --shape qwen2.5-0.5b --device cpu --adapters 4 --concurrency 1,8 --duration 20 --warmup 2 \
+	$(BIN)/loraplex bench serve --shape qwen2.5-0.5b --device cpu --adapters 4 --concurrency 1,8 --num-requests 2x --warmup 2 \
 	  --prompt-tokens 32 --output-tokens 64 --peers transformers,transformers-plain
 
 docs: $(READY) ## Build the documentation into site/

@@ -40,19 +40,24 @@ def test_a_running_server_is_loaded_at_every_level(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with scripted_server(two_words) as server:
         done = bench(
-            *("--url", server.url, "--models", "good,full", "--concurrency", "1,2", "--num-requests", "6"),
+            *("--url", server.url, "--models", "good,full", "--concurrency", "1,2", "--num-requests", "4x"),
             *("--processes", "1", "--slo", "first=5000,token=5000", "--out", str(tmp_path)),
         )
     assert done.exit_code == 0, done.output
     rows = rows_of(tmp_path / "serve.csv")
     assert [(row["concurrency"], row["requests"], row["ok"], row["errors"]) for row in rows] == [
-        ("1", "6", "3", "queue_full:3"),
-        ("2", "6", "3", "queue_full:3"),
+        ("1", "4", "2", "queue_full:2"),
+        ("2", "8", "4", "queue_full:4"),
     ]
     assert all(10 <= float(row["first_token_ms_p50"]) < 1000 for row in rows)
     assert all(float(row["within_slo"]) == 0.5 for row in rows)
     by_model = rows_of(tmp_path / "serve_by_model.csv")
-    assert [(row["model"], row["ok"]) for row in by_model] == [("full", "0"), ("good", "3")] * 2
+    assert [(row["model"], row["ok"]) for row in by_model] == [
+        ("full", "0"),
+        ("good", "2"),
+        ("full", "0"),
+        ("good", "4"),
+    ]
     assert (tmp_path / "serve.png").exists()
 
 
@@ -75,6 +80,7 @@ def test_an_open_loop_says_its_rate(tmp_path: Path) -> None:
         (("--url", "http://127.0.0.1:9", "--models", "m", "--mix", "zipf"), "no mix"),
         (("--url", "http://127.0.0.1:9", "--models", "m", "--slo", "speed=3"), "--slo does not know"),
         (("--url", "http://127.0.0.1:9", "--models", "m", "--peers", "transformers"), "leave --url out"),
+        (("--url", "http://127.0.0.1:9", "--models", "m", "--rate", "5", "--num-requests", "2x"), "--rate has none"),
         (("--url", "http://127.0.0.1:9", "--models", "m", "--prompt-tokens", "some"), "no length"),
     ],
 )

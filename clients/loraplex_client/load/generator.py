@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from .answer import Answer
 from .plan import LoadPlan
 from .result import LoadResult, RequestRecord
 from .stream import StreamClient
@@ -24,7 +25,7 @@ _START_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: requests that ended, with errors among them, tokens of those, and requests under way."""
+    """How far a run is: requests that ended, with errors among them, tokens that came, and requests under way."""
 
     ended: int = 0
     errors: int = 0
@@ -75,6 +76,7 @@ class _Worker:
         self._client = StreamClient(plan.url, path, plan.api_key, plan.timeout_s)
         self._records: list[RequestRecord] = []
         self._progress = Progress()
+        self._running: dict[int, Answer] = {}
 
     async def run_alone(self) -> LoadResult:
         await self.warm_up()
@@ -88,7 +90,7 @@ class _Worker:
 
         async def send(index: int) -> None:
             async with places:
-                await self._client.post(self._plan.request(index).body)
+                await self._client.post(self._plan.request(index).body, Answer())
 
         await asyncio.gather(*(send(index) for index in indices))
 
@@ -127,9 +129,11 @@ class _Worker:
 
     async def _send(self, index: int, due_s: float) -> None:
         request = self._plan.request(index)
-        self._progress += Progress(running=1)
+        answer = Answer()
+        self._running[index] = answer
         sent_s = time.monotonic()
-        answer = await self._client.post(request.body)
+        await self._client.post(request.body, answer)
+        del self._running[index]
         record = RequestRecord(
             index=index,
             model=request.model,
@@ -144,12 +148,13 @@ class _Worker:
             error=answer.error,
         )
         self._records.append(record)
-        self._progress += Progress(1, not record.ok, record.output_tokens, -1)
+        self._progress += Progress(1, not record.ok, record.output_tokens)
 
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(_REPORT_EVERY_S)
-            self._on_progress(self._progress)
+            events = sum(len(answer.event_s) for answer in self._running.values())
+            self._on_progress(self._progress + Progress(0, 0, events, len(self._running)))
 
 
 async def _sleep_until(at_s: float) -> None:

@@ -172,9 +172,8 @@ class StreamClient:
         ).encode()
         self._idle: list[_Connection] = []
 
-    async def post(self, body: bytes) -> Answer:
-        """One request and its whole answer; what goes wrong is the answer's ``error``."""
-        answer = Answer()
+    async def post(self, body: bytes, answer: Answer) -> None:
+        """One request; its answer is read into ``answer`` while it comes. What goes wrong is the answer's ``error``."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._post(self._head + str(len(body)).encode() + _HEAD_END + body, answer)
@@ -184,7 +183,6 @@ class StreamClient:
             answer.error = answer.error or str(error)
         except OSError as error:
             answer.error = f"connection_{type(error).__name__}"
-        return answer
 
     async def close(self) -> None:
         for connection in self._idle:

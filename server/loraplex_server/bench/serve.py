@@ -48,13 +48,27 @@ _MOST_SHOWN = 16
 
 @dataclass(frozen=True)
 class Level:
-    """One load: so many streams, or so many requests a second."""
+    """One load: so many streams, or so many requests a second; how many requests in all, if time does not end it, and
+    how many before."""
 
     concurrency: int | None = None
     rate: float | None = None
+    num_requests: int | None = None
+    warmup: int = 0
 
     def __str__(self) -> str:
         return f"{self.concurrency} at once" if self.concurrency else f"{self.rate:g} a second"
+
+    def of(self, load: LoadPlan, url: str) -> LoadPlan:
+        """The load at this level."""
+        return replace(
+            load,
+            url=url,
+            concurrency=self.concurrency,
+            rate=self.rate,
+            num_requests=self.num_requests,
+            warmup=self.warmup,
+        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,7 @@ def listed_models(url: str, api_key: str | None) -> tuple[str, ...]:
 def _run_levels(plan: ServePlan, url: str, common: Mapping[str, object], output: Output) -> None:
     by_model: list[Row] = []
     for level in plan.levels:
-        load = replace(plan.load, url=url, concurrency=level.concurrency, rate=level.rate)
+        load = level.of(plan.load, url)
         with _progress(level, load, output) as show:
             summary = summarize(load, run_load(load, show), plan.slo or None)
         output.add({"engine": plan.engine, **_columns(level, load), **columns_of(summary), **common})
@@ -214,7 +228,7 @@ def _run_peer(name: str, size: PeerSize, plan: ServePlan, output: Output) -> Non
             if level.concurrency is None:
                 output.note(f"{name} is left out at {level}: it takes batches, not arrivals")
                 continue
-            output.add(_peer_row(peer, size, plan.load, level.concurrency, output.rows))
+            output.add(_peer_row(peer, size, level.of(plan.load, plan.load.url), level.concurrency, output.rows))
     finally:
         peer.close()
     output_plot(output)

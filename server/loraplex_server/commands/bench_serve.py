@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from loraplex_server.bench.serve import Level
 
 _SERVER, _LOAD = "Server", "Load"
+_WARMUP_AT_A_RATE = 16
 
 
 class Endpoint(StrEnum):
@@ -109,7 +110,13 @@ def serve(
         ),
     ] = 1.0,
     num_requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests of each level.", show_default=False, rich_help_panel=_LOAD)
+        str | None,
+        typer.Option(
+            metavar="N|Nx",
+            help="Requests of each level; 2x: two for each stream.",
+            show_default=False,
+            rich_help_panel=_LOAD,
+        ),
     ] = None,
     duration: Annotated[
         float | None,
@@ -140,7 +147,7 @@ def serve(
         int | None,
         typer.Option(
             min=0,
-            help="Requests before each level; two a stream if left out.",
+            help="Requests before each level; two a stream, or 16, if left out.",
             show_default=False,
             rich_help_panel=_LOAD,
         ),
@@ -183,7 +190,7 @@ def serve(
     from loraplex_client.load import Lengths, LoadPlan, Mix
     from loraplex_server.bench.serve import ServePlan, run_against, run_own
 
-    levels = _levels(concurrency, rate)
+    levels = _levels(concurrency, rate, num_requests, warmup)
     longest = max(level.concurrency or 16 for level in levels)
 
     def plan(load_url: str) -> LoadPlan:
@@ -193,7 +200,7 @@ def serve(
             concurrency=levels[0].concurrency,
             rate=levels[0].rate,
             burstiness=burstiness,
-            num_requests=num_requests,
+            num_requests=levels[0].num_requests,
             duration_s=duration if duration or num_requests else 30.0,
             prompt_tokens=Lengths(prompt_tokens),
             output_tokens=Lengths(output_tokens),
@@ -202,7 +209,6 @@ def serve(
             api_key=api_key,
             ignore_eos=ignore_eos,
             temperature=temperature,
-            warmup=2 * longest if warmup is None else warmup,
             timeout_s=timeout,
             processes=processes,
             seed=seed,
@@ -227,12 +233,26 @@ def serve(
     guarded(run)
 
 
-def _levels(concurrency: str, rate: str) -> tuple[Level, ...]:
+def _levels(concurrency: str, rate: str, num_requests: str | None, warmup: int | None) -> tuple[Level, ...]:
     from loraplex_server.bench.serve import Level
 
+    def level(streams: int | None, per_second: float | None) -> Level:
+        default = _WARMUP_AT_A_RATE if streams is None else 2 * streams
+        requests = None if num_requests is None else _num_requests(num_requests, streams)
+        return Level(streams, per_second, requests, default if warmup is None else warmup)
+
     if rate:
-        return tuple(Level(rate=each) for each in parsed(rate, float))
-    return tuple(Level(concurrency=each) for each in parsed(concurrency, positive))
+        return tuple(level(None, each) for each in parsed(rate, float))
+    return tuple(level(each, None) for each in parsed(concurrency, positive))
+
+
+def _num_requests(text: str, streams: int | None) -> int:
+    """``20``, or ``2x`` for two for each stream."""
+    number, each = text.removesuffix("x"), text.endswith("x")
+    if each and streams is None:
+        fail(f"--num-requests {text} counts streams, and --rate has none", EXIT_USAGE)
+    (count,) = parsed(number, positive)
+    return count * (streams or 1) if each else count
 
 
 def _slo(text: str) -> Slo:

@@ -43,6 +43,21 @@ def test_a_closed_loop_sends_every_request_once_and_keeps_its_connections() -> N
     assert seen[-1] == Progress(ended=8, output_tokens=24)
 
 
+def test_progress_counts_what_has_come_of_requests_that_still_run() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.begin()
+        await exchange.text()
+        await exchange.text()
+        await asyncio.sleep(0.6)
+        await exchange.end(output_tokens=2)
+
+    seen: list[Progress] = []
+    with scripted_server(script) as server:
+        run_load(plan_for(server.url, num_requests=2), seen.append)
+    assert Progress(output_tokens=4, running=2) in seen
+    assert seen[-1] == Progress(ended=2, output_tokens=4)
+
+
 def test_what_is_sent_is_the_same_in_any_number_of_processes() -> None:
     sent = []
     for processes in (1, 2):
