@@ -20,7 +20,7 @@ class PrefillPlan:
     lengths: tuple[int, ...] = (1024,)
     ranks: tuple[int, ...] = (16,)
     repeats: int = 3
-    max_batched_tokens: int = 2048
+    max_batched_tokens: int = 8192
     seed: int = 0
 
     @property

@@ -133,7 +133,7 @@ class RigSize:
     max_running: int
     max_tokens: int
     ranks: tuple[int, ...] = ()
-    max_batched_tokens: int = 2048
+    max_batched_tokens: int = 8192
 
 
 class Rig:

@@ -112,7 +112,7 @@ def prefill(
     lengths: Annotated[str, typer.Option(metavar="L,L,...", help="Tokens of each prompt.")] = "1024",
     ranks: RanksOption = "16",
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each case, after one that does not count.")] = 3,
-    max_batched_tokens: Annotated[int, typer.Option(min=16, help="Tokens of one step, as of `loraplex serve`.")] = 2048,
+    max_batched_tokens: Annotated[int, typer.Option(min=16, help="Tokens of one step, as of `loraplex serve`.")] = 8192,
     peers: PeersOption = "",
     model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
