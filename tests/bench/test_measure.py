@@ -34,6 +34,7 @@ def test_decode_writes_rows_and_a_picture(tmp_path: Path) -> None:
     done = bench(
         *("decode", "--shape", "tiny", "--device", "cpu", "--cases", "1/0 4/2", "--modes", "greedy,sampled,logprobs"),
         *("--ranks", "8,24", "--prompt-tokens", "12", "--new-tokens", "10", "--peers", "transformers,vllm"),
+        *("--peer-cases", "4/2"),
         *("--out", str(tmp_path)),
     )
     assert done.exit_code == 0, done.output
@@ -49,7 +50,9 @@ def test_decode_writes_rows_and_a_picture(tmp_path: Path) -> None:
         assert row["torch"] == torch.__version__
     (theirs,) = {row["engine"] for row in rows} - {"loraplex"}
     assert theirs.startswith("transformers")
-    assert all(float(row["ratio"]) > 0 for row in rows if row["engine"] == theirs)
+    (row,) = [row for row in rows if row["engine"] == theirs]
+    assert (row["batch"], row["adapters"]) == ("4", "2")
+    assert float(row["ratio"]) > 0
     assert "vllm is left out: it is not installed" in done.output
     assert (tmp_path / "decode_tiny.png").read_bytes().startswith(b"\x89PNG")
 

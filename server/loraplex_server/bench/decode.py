@@ -24,7 +24,7 @@ OnRow = Callable[[Row], None]
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """``ranks`` go to the adapters in turn."""
+    """``ranks`` go to the adapters in turn. ``peer_cases``: what peers are measured on; empty: on all."""
 
     cases: tuple[Case, ...]
     modes: tuple[Mode, ...] = ("greedy",)
@@ -32,6 +32,7 @@ class DecodePlan:
     prompt_tokens: int = 128
     new_tokens: int = 64
     seed: int = 0
+    peer_cases: tuple[Case, ...] = ()
 
     @property
     def num_adapters(self) -> int:

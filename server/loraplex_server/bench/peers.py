@@ -107,7 +107,7 @@ def measure_decode(
 
 def _in_order(plan: DecodePlan) -> list[Load]:
     """Cases without adapters first: they run on the peer's bare base."""
-    return [plan.load(case) for case in sorted(plan.cases, key=lambda case: bool(case.adapters))]
+    return [plan.load(case) for case in sorted(plan.peer_cases or plan.cases, key=lambda case: bool(case.adapters))]
 
 
 def _decode_row(peer: Peer, plan: DecodePlan, load: Load) -> Row:
@@ -148,7 +148,7 @@ def measure_prefill(
 
     def run(peer: Peer) -> list[Row]:
         rows = []
-        for case in sorted(plan.cases, key=lambda case: bool(case.adapters)):
+        for case in sorted(plan.peer_cases or plan.cases, key=lambda case: bool(case.adapters)):
             for length in plan.lengths:
                 times = [peer.seconds(plan.load(case, length, repeat)) for repeat in range(-1, plan.repeats)][1:]
                 rates = [case.batch * length / seconds for seconds in times]

@@ -14,7 +14,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PrefillPlan:
-    """Each case is so many prompts of each length, all submitted at once, ``repeats`` times."""
+    """Each case is so many prompts of each length, all submitted at once, ``repeats`` times.
+
+    ``peer_cases``: what peers are measured on; empty: on all.
+    """
 
     cases: tuple[Case, ...]
     lengths: tuple[int, ...] = (1024,)
@@ -22,6 +25,7 @@ class PrefillPlan:
     repeats: int = 3
     max_batched_tokens: int = 8192
     seed: int = 0
+    peer_cases: tuple[Case, ...] = ()
 
     @property
     def num_adapters(self) -> int:

@@ -71,7 +71,9 @@ def run_decode(choice: BaseChoice, plan: DecodePlan, peer_names: Sequence[str], 
         ours = decode.measure(base, plan, output.add)
         del base
         gc.collect()
-        size = _peer_size(choice, plan.ranks, plan.cases, plan.prompt_tokens + plan.new_tokens, Path(scratch))
+        size = _peer_size(
+            choice, plan.ranks, plan.peer_cases or plan.cases, plan.prompt_tokens + plan.new_tokens, Path(scratch)
+        )
         peers.measure_decode(peer_names, size, plan, ours, output.add, output.note)
     output.finish(plot.decode_plot)
     return output
@@ -85,7 +87,7 @@ def run_prefill(choice: BaseChoice, plan: PrefillPlan, peer_names: Sequence[str]
         ours = prefill.measure(base, plan, output.add)
         del base
         gc.collect()
-        size = _peer_size(choice, plan.ranks, plan.cases, max(plan.lengths) + 1, Path(scratch))
+        size = _peer_size(choice, plan.ranks, plan.peer_cases or plan.cases, max(plan.lengths) + 1, Path(scratch))
         peers.measure_prefill(peer_names, size, plan, ours, output.add, output.note)
     output.finish(plot.prefill_plot)
     return output

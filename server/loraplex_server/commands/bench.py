@@ -16,6 +16,7 @@ from loraplex_server.commands.bench_options import (
     DtypeOption,
     ModelOption,
     OutOption,
+    PeerCasesOption,
     PeersOption,
     Quantization,
     QuantizationOption,
@@ -66,6 +67,7 @@ def decode(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each sequence.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=8, help="Decode steps of each case.")] = 64,
     peers: PeersOption = "",
+    peer_cases: PeerCasesOption = "",
     model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
     dtype: DtypeOption = Dtype.AUTO,
@@ -98,6 +100,7 @@ def decode(
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         seed=seed,
+        peer_cases=parsed(peer_cases, Case.parse) if peer_cases else (),
     )
     choice = base_choice(shape, quantization, dtype, device, checkpoint, model)
     guarded(lambda: run_decode(choice, plan, peer_names(peers), out))
@@ -114,6 +117,7 @@ def prefill(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each case, after one that does not count.")] = 3,
     max_batched_tokens: Annotated[int, typer.Option(min=16, help="Tokens of one step, as of `loraplex serve`.")] = 8192,
     peers: PeersOption = "",
+    peer_cases: PeerCasesOption = "",
     model: ModelOption = None,
     quantization: QuantizationOption = Quantization.NF4,
     dtype: DtypeOption = Dtype.AUTO,
@@ -142,6 +146,7 @@ def prefill(
         repeats=repeats,
         max_batched_tokens=max_batched_tokens,
         seed=seed,
+        peer_cases=parsed(peer_cases, Case.parse) if peer_cases else (),
     )
     choice = base_choice(shape, quantization, dtype, device, checkpoint, model)
     guarded(lambda: run_prefill(choice, plan, peer_names(peers), out))

@@ -77,6 +77,12 @@ PeersOption = Annotated[
         show_default=False,
     ),
 ]
+PeerCasesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="B/A ...", help="Those of the cases that peers are measured on; all if left out.", show_default=False
+    ),
+]
 OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="Where the CSV and the PNG go.")]
 SeedOption = Annotated[int, typer.Option(help="Of prompts and adapters.")]
 
