@@ -1,13 +1,16 @@
 """Adapters with every feature that peft's LoRA can train, made by peft with random values, and what peft answers."""
 
+import json
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models import LINEARS, VOCAB_SIZE
 
@@ -15,14 +18,69 @@ from tests.models import LINEARS, VOCAB_SIZE
 @dataclass(frozen=True)
 class Feature:
     """What to train: fields of peft's config; ``vocab``: rows that the vocabulary is resized to first; ``families`` that
-    have what it needs (None = all)."""
+    have what it needs (None = all); ``convert``: through peft's conversion to plain LoRA; ``rewrite``: what becomes of
+    the saved file, while peft answers from the file as it was."""
 
     lora: dict[str, Any] = field(default_factory=dict)
     vocab: int = VOCAB_SIZE
     families: tuple[str, ...] | None = None
     convert: bool = False
+    rewrite: Callable[[Path], None] | None = None
 
 
+def _retype(dtype: torch.dtype) -> Callable[[Path], None]:
+    """Store the tensors in another dtype; the values that it cannot hold are rounded in peft's file too."""
+
+    def rewrite(path: Path) -> None:
+        tensors = load_file(path / WEIGHTS)
+        save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, path / WEIGHTS)
+        save_file({name: tensor.to(dtype).float() for name, tensor in tensors.items()}, path / PEFT_COPY / WEIGHTS)
+
+    return rewrite
+
+
+def _rename(*replacements: tuple[str, str]) -> Callable[[Path], None]:
+    """Spell the tensors' names otherwise."""
+
+    def rewrite(path: Path) -> None:
+        tensors = {}
+        for name, tensor in load_file(path / WEIGHTS).items():
+            for old, new in replacements:
+                name = name.replace(old, new)
+            tensors[name] = tensor
+        save_file(tensors, path / WEIGHTS)
+
+    return rewrite
+
+
+def _fuse(path: Path) -> None:
+    """Stack q, k, v and gate, up as trainers with fused linears do: one A, the rows of B below each other. peft cannot
+    load that; it answers from the parts."""
+    tensors = load_file(path / WEIGHTS)
+    fused = dict(tensors)
+    for stacked, parts in (
+        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+        ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+    ):
+        block = stacked.split(".")[0]
+        for layer in range(2):
+            prefix = f"base_model.model.model.layers.{layer}."
+            keys = [f"{prefix}{block}.{part}" for part in parts]
+            for key in keys[1:]:
+                tensors[f"{key}.lora_A.weight"] = tensors[f"{keys[0]}.lora_A.weight"].clone()
+            for suffix in ("lora_B.weight", "lora_magnitude_vector"):
+                if f"{keys[0]}.{suffix}" in tensors:
+                    fused[f"{prefix}{stacked}.{suffix}"] = torch.cat([fused.pop(f"{key}.{suffix}") for key in keys])
+            shared = [fused.pop(f"{key}.lora_A.weight") for key in keys]
+            fused[f"{prefix}{stacked}.lora_A.weight"] = shared[0]
+    save_file(tensors, path / PEFT_COPY / WEIGHTS)
+    save_file(fused, path / WEIGHTS)
+    config = json.loads((path / CONFIG).read_text())
+    config["target_modules"] = ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"]
+    (path / CONFIG).write_text(json.dumps(config))
+
+
+CONFIG, WEIGHTS, PEFT_COPY = "adapter_config.json", "adapter_model.safetensors", "as-peft-has-it"
 ADDED: Final = VOCAB_SIZE + 5
 UNTIED: Final = ("llama", "mistral", "qwen3")
 
@@ -65,6 +123,23 @@ FEATURES: Final[dict[str, Feature]] = {
     "fewer-rows": Feature({"target_modules": ["q_proj"]}, vocab=VOCAB_SIZE - 40),
     "pissa-converted": Feature({"init_lora_weights": "pissa"}, convert=True),
     "olora-converted": Feature({"init_lora_weights": "olora"}, convert=True),
+    "fused-names": Feature(rewrite=_fuse),
+    "fused-names-dora": Feature({"use_dora": True}, rewrite=_fuse),
+    "old-names": Feature(rewrite=_rename((".weight", ".default.weight"))),
+    "old-names-whole": Feature(
+        {"modules_to_save": ["lm_head"], "use_dora": True},
+        rewrite=_rename(
+            ("lm_head.weight", "lm_head.modules_to_save.default.weight"), ("vector", "vector.default.weight")
+        ),
+    ),
+    "wrapped-names": Feature(
+        rewrite=_rename(
+            ("base_model.model.", "base_model.model._orig_mod."), ("layers.1.", "layers.1._fsdp_wrapped_module.")
+        )
+    ),
+    "bfloat16": Feature({"use_dora": True}, rewrite=_retype(torch.bfloat16)),
+    "float16": Feature({"modules_to_save": ["norm"]}, rewrite=_retype(torch.float16)),
+    "float8": Feature(rewrite=_retype(torch.float8_e4m3fn)),
     "everything": Feature(
         {
             "use_dora": True,
@@ -134,6 +209,9 @@ def make_feature(path: Path, checkpoint: Path, name: str, seed: int) -> Path:
             model.save_pretrained(path, path_initial_model_for_weight_conversion=path / "untrained")
         else:
             model.save_pretrained(path)
+    if feature.rewrite is not None:
+        shutil.copytree(path, path / PEFT_COPY)
+        feature.rewrite(path)
     return path
 
 
@@ -150,7 +228,8 @@ class PeftAnswers:
 
         with quiet():
             base = base_model(checkpoint, FEATURES[name].vocab, nf4=nf4)
-            self._model: Any = PeftModel.from_pretrained(base, path).eval()
+            copy = path / PEFT_COPY
+            self._model: Any = PeftModel.from_pretrained(base, copy if copy.exists() else path).eval()
 
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> torch.Tensor:

@@ -30,7 +30,7 @@ TensorKey = tuple[ModuleKey, str]
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 _MODULE = re.compile(
     r"(?:module\.)*(?:base_model\.model\.)?(?:model\.)?"
-    r"(?:layers\.(?P<layer>\d{1,6})\.(?:(?P<block>self_attn|mlp)\.)?(?P<inner>[a-z_]{1,32})|(?P<outer>embed_tokens|lm_head|norm))"
+    r"(?:layers\.(?P<layer>0|[1-9]\d{0,5})\.(?:(?P<block>self_attn|mlp)\.)?(?P<inner>[a-z_]{1,32})|(?P<outer>embed_tokens|lm_head|norm))"
     r"\.(?P<rest>.+)"
 )
 _NAME = r"(?:\.[A-Za-z0-9_-]{1,64})?"

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from loraplex_server.kernels.blocked import block, blocked_linear, can_block
 from loraplex_server.kernels.lora_ref import lora_add_ref
 from loraplex_server.kernels.nf4 import Nf4Gemm, RepackedNf4
+from loraplex_server.kernels.nf4_dense import dequantize
 from loraplex_server.kernels.threads import one_thread
 from loraplex_server.model.adapters import AdapterLookup
 from loraplex_server.model.batch import Batch
@@ -96,6 +97,11 @@ class Nf4Linear:
         return self._gemm.num_bytes + (0 if self.bias is None else num_bytes(self.bias))
 
     def rows(self, start: int, stop: int) -> Tensor:
+        packed = self._gemm.repacked
+        if packed is not None:
+            dense = torch.empty(packed.num_out, packed.num_in, dtype=torch.bfloat16, device=packed.data.device)
+            dequantize(packed, dense)
+            return dense[start:stop]
         for part in self._gemm.unpack():
             size = part.shape[0]
             if start < size:
