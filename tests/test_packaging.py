@@ -54,7 +54,9 @@ def test_help_names_the_extra() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["serve", "--model", "demo", "--max-running=4"], ["serve"], ["demo"]], ids=" ".join
+    "arguments",
+    [["serve", "--model", "demo", "--max-running=4"], ["serve"], ["demo"], ["bench", "decode"], ["bench", "serve"]],
+    ids=" ".join,
 )
 def test_serving_says_what_to_install(arguments: list[str]) -> None:
     done = run(MAIN, *arguments)
