@@ -8,7 +8,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from loraplex_adapters.base import EMBED, FUSED_LINEARS, HEAD, LINEARS, BaseShape, ModuleKey, module_path
+from loraplex_adapters.base import (
+    EMBED,
+    FINAL_NORM,
+    FUSED_LINEARS,
+    HEAD,
+    LAYER_NORMS,
+    LINEARS,
+    QK_NORMS,
+    BaseShape,
+    ModuleKey,
+    module_path,
+)
 from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from loraplex_adapters.patterns import ModulePatterns
 
@@ -122,9 +133,10 @@ class LoraConfig:
         target = frozenset(LINEARS) if self.target_modules == "all-linear" else self.target_modules
         if target is None or isinstance(target, str):
             return None
-        names = (*base.linears, *FUSED_LINEARS)
+        # Norms cannot have LoRA; one that is targeted is missed in the file.
+        names = (*base.linears, *FUSED_LINEARS, *LAYER_NORMS, *QK_NORMS)
         modules = [(layer, linear) for layer in range(base.num_layers) for linear in names]
-        return frozenset(module for module in (*modules, EMBED, HEAD) if self._targets(target, module))
+        return frozenset(module for module in (*modules, EMBED, HEAD, FINAL_NORM) if self._targets(target, module))
 
     def saves(self, module: ModuleKey) -> bool:
         """Whether the config says that this module was trained whole (by the end of its path, as peft matches)."""
