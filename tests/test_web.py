@@ -12,16 +12,22 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from loraplex_server.web import MAX_HEAD_BYTES, web_config
+from loraplex_server import web
+from loraplex_server.web import MAX_HEAD_BYTES
 
 
 async def echo(request: Request) -> PlainTextResponse:
     return PlainTextResponse(str(len(await request.body())))
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    server = uvicorn.Server(web_config(Starlette(routes=[Route("/", echo, methods=["GET", "POST"])]), "127.0.0.1", 0))
+@pytest.fixture(scope="module", params=["httptools", "h11"])
+def port(request: pytest.FixtureRequest) -> Iterator[int]:
+    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "h11":
+            patch.setattr(web, "find_spec", lambda name: None)
+        config = web.web_config(app, "127.0.0.1", 0)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
