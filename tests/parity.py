@@ -53,10 +53,23 @@ class Row:
         return close and self.tokens_equal_alone and self.tokens_equal_mixed
 
 
-def measure(family: str, root: Path, *, nf4: bool = False, features: Sequence[str] | None = None) -> list[Row]:
-    """A fresh base of the family below ``root``, with these features (None = all that it can have) beside each other."""
-    checkpoint = make_checkpoint(root / "base", family)
-    decoder = load(checkpoint, device="cpu", dtype=torch.float32, quantization="nf4" if nf4 else "none")
+def measure(
+    family: str,
+    root: Path,
+    *,
+    nf4: bool = False,
+    features: Sequence[str] | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Row]:
+    """A fresh base of the family below ``root``, with these features (None = all that it can have) beside each other.
+
+    Where ``dtype`` is not float32, the log-probabilities are those of the served tokens, which rounding may choose.
+    """
+    # Larger weights would amplify bfloat16's rounding until nothing could be told.
+    overrides = {} if dtype == torch.float32 else {"initializer_range": 0.05}
+    checkpoint = make_checkpoint(root / "base", family, **overrides)
+    decoder = load(checkpoint, device=device, dtype=dtype, quantization="nf4" if nf4 else "none")
     names = [name for name in features_of(family) if features is None or name in features]
     folders = {name: make_feature(root / name, checkpoint, name, seed) for seed, name in enumerate(names)}
     prompts = {name: _prompt(seed) for seed, name in enumerate(names)}
@@ -71,7 +84,11 @@ def measure(family: str, root: Path, *, nf4: bool = False, features: Sequence[st
     assert mixed["base"].token_ids == plain[f"base/{names[0]}"].token_ids
     rows = []
     for name in names:
-        tokens, scores = PeftAnswers(checkpoint, folders[name], name, nf4=nf4).greedy(prompts[name], _NUM_TOKENS)
+        answers = PeftAnswers(checkpoint, folders[name], name, nf4=nf4)
+        tokens, scores = answers.greedy(prompts[name], _NUM_TOKENS)
+        if dtype != torch.float32:
+            served = alone[name].token_ids
+            scores = answers.logprobs([*prompts[name], *served])[_PROMPT_TOKENS - 1 : -1]
         rows.append(
             Row(
                 family,

@@ -22,64 +22,11 @@ from loraplex_adapters.base import (
 )
 from loraplex_adapters.errors import InvalidAdapter, UnsupportedAdapter
 from loraplex_adapters.patterns import ModulePatterns
+from loraplex_adapters.unserved import CONFIG_NAME as CONFIG_NAME
+from loraplex_adapters.unserved import refuse_unserved
 
-CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1 << 16
-
-_READ = {
-    "peft_type",
-    "task_type",
-    "base_model_name_or_path",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "init_lora_weights",
-    "use_dora",
-    "lora_bias",
-    "bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-}
-# Only training, or the library itself, reads these.
-_HARMLESS = {
-    "auto_mapping",
-    "peft_version",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "qalora_group_size",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "velora_config",
-    "runtime_config",
-    "unsloth_fixed",
-}
-_FEATURES = {
-    "fan_in_fan_out": ("fan_in_fan_out", "transposed weights (fan_in_fan_out)"),
-    "megatron_config": ("megatron", "Megatron parallel layers"),
-    "alora_invocation_tokens": ("alora", "activated LoRA"),
-    "layer_replication": ("layer_replication", "replicated layers"),
-    "target_parameters": ("target_parameters", "LoRA on bare parameters"),
-    "use_qalora": ("qalora", "QALoRA"),
-    "use_bdlora": ("bdlora", "block-diagonal LoRA"),
-    "arrow_config": ("arrow", "Arrow routing"),
-    "kasa_config": ("kasa", "KaSA"),
-    "monteclora_config": ("monteclora", "MonteCLoRA"),
-}
-_INITS = ("gaussian", "orthogonal", "eva", "mica")
-_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
 
 
 @dataclass(frozen=True)
@@ -176,7 +123,7 @@ def read_config(directory: Path) -> LoraConfig:
         raise _malformed(f"it is not valid JSON ({str(error)[:120]})") from None
     if not isinstance(config, dict):
         raise _malformed("it is not a JSON object")
-    _refuse_features(config)
+    refuse_unserved(config)
     return _lora_config(config)
 
 
@@ -194,56 +141,6 @@ def _no_constant(word: str) -> float:
 
 def _malformed(why: str) -> InvalidAdapter:
     return InvalidAdapter(f"{CONFIG_NAME} cannot be used: {why}.", code="adapter_config_invalid")
-
-
-def _refuse_features(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedAdapter(
-            f"{CONFIG_NAME} has peft_type {str(kind)[:40]!r}; only 'LORA' adapters are served.", code="peft_type"
-        )
-    task = config.get("task_type")
-    if task is not None and task not in _TASKS:
-        raise UnsupportedAdapter(
-            f"{CONFIG_NAME} has task_type {str(task)[:40]!r}; only language models are served.",
-            code="task_type",
-        )
-    for key, (code, feature) in _FEATURES.items():
-        if config.get(key) not in (None, False, [], {}, ""):
-            raise _not_served(key, feature, code)
-    _refuse_init(config.get("init_lora_weights", True))
-    for key, value in config.items():
-        if key in _READ or key in _HARMLESS or key in _FEATURES:
-            continue
-        if value is not None and value is not False and value not in ([], {}, ""):
-            raise UnsupportedAdapter(
-                f"{CONFIG_NAME} sets {key[:60]!r}, which is not known here and might change what the adapter computes. "
-                "Remove the key if it does not matter.",
-                code="unknown_config_key",
-            )
-
-
-def _not_served(key: str, feature: str, code: str) -> UnsupportedAdapter:
-    return UnsupportedAdapter(
-        f"{CONFIG_NAME} sets {key!r}: {feature} cannot be served. Train or export the adapter without it.", code=code
-    )
-
-
-def _refuse_init(init: Any) -> None:
-    if init is None or isinstance(init, bool) or init in _INITS:
-        return
-    if isinstance(init, str) and init.startswith(_BASE_CHANGING_INITS):
-        raise UnsupportedAdapter(
-            f"{CONFIG_NAME} says init_lora_weights={init[:40]!r}: training began by taking this start out of the base's "
-            "weights, so the adapter fits only that changed base. Convert it to plain LoRA with peft: save the untrained "
-            "adapter, with init_lora_weights=true in its config, before training, and after it call "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=<the untrained adapter>). The outcome has twice "
-            "the rank and is served exactly.",
-            code="init_changes_base",
-        )
-    raise UnsupportedAdapter(
-        f"{CONFIG_NAME} says init_lora_weights={str(init)[:40]!r}, which is not known here.", code="unknown_init"
-    )
 
 
 def _lora_config(config: Mapping[str, Any]) -> LoraConfig:

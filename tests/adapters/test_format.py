@@ -188,6 +188,17 @@ def test_unserved_features_are_named(folder: Path, base: BaseShape, changes: dic
 
 
 @pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("VERA", "random matrices"), ("XLORA", "gate"), ("PROMPT_TUNING", "no tokens"), ("IA3", "scales")],
+)
+def test_other_methods_are_refused_by_name(folder: Path, base: BaseShape, kind: str, reason: str) -> None:
+    edit_config(save_random(folder), peft_type=kind)
+
+    with pytest.raises(UnsupportedAdapter, match=reason):
+        adapter_format.read(folder, base)
+
+
+@pytest.mark.parametrize(
     ("changes", "code"),
     [
         ({"r": 0}, "adapter_config_invalid"),
