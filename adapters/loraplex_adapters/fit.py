@@ -23,6 +23,7 @@ def check_base(layout: AdapterLayout, base: BaseShape) -> None:
     for module in layout.with_part(TOKENS):
         _check_tokens(layout, module, base)
     _check_shared_tokens(layout, base)
+    _check_lora_beside_tokens(layout, base)
     _check_biases(layout, base)
     _check_targets(layout, base)
     if (
@@ -42,6 +43,17 @@ def _check_shared_tokens(layout: AdapterLayout, base: BaseShape) -> None:
     if HEAD in layout.config.token_indices and HEAD not in layout.with_part(TOKENS) and not base.tied_embeddings:
         raise InvalidAdapter(
             f"{CONFIG_NAME} trains tokens of lm_head, but the file holds no rows for them.", code="tensors_missing"
+        )
+
+
+def _check_lora_beside_tokens(layout: AdapterLayout, base: BaseShape) -> None:
+    """What a matrix with both would compute depends on which of the two peft wraps around the other."""
+    trained = set(layout.with_part(TOKENS))
+    if base.tied_embeddings and EMBED in trained:
+        trained.add(HEAD)
+    if both := sorted(trained & set(layout.modules)):
+        raise UnsupportedAdapter(
+            f"{module_path(*both[0])} has both LoRA and trained tokens; train one of the two.", code="lora_and_tokens"
         )
 
 

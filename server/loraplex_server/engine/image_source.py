@@ -119,7 +119,8 @@ class ImageSources:
         return self._beyond_plain(weights, self._weights, digest)
 
     def _beyond_plain(self, weights: AdapterWeights, base: BaseWeights, digest: str) -> FactorSource:
-        outside, vocab_sizes = plan_outside(weights, self._base, base, self._dtype)
+        with torch.cuda.stream(self._stream):
+            outside, vocab_sizes = plan_outside(weights, self._base, base, self._dtype)
         groups = epilogue_groups(weights, self._base, GROUPS)
         groups |= {group_of(m) for m in (EMBED, HEAD) if m in weights.factors and not weights.factors[m].is_plain}
         layout = plan_layout(
