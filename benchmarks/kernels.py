@@ -1,7 +1,6 @@
 """Times of the GPU kernels, as CSV: every figure with the GPU, versions, median and spread.
 
 python benchmarks/kernels.py nf4 --out DIR          the linears of an 8B Llama at the configured cuts
-python benchmarks/kernels.py lora --out DIR         the same with rank-16 adapters beside
 python benchmarks/kernels.py sweep --out DIR        other cuts of the same, to renew the table in nf4_config.py
 """
 
@@ -14,17 +13,14 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraplex_server.kernels import nf4_cuda, nvrtc
-from loraplex_server.kernels.lora_rows_ref import RowGroups, group_rows
-from loraplex_server.kernels.nf4_config import Config, MmaConfig, WgmmaConfig, choose, token_tiles
+from loraplex_server.kernels import nf4_cuda, nvrtc, nvrtc_build
+from loraplex_server.kernels.nf4_config import Config, MmaConfig, RingConfig, choose, token_tiles
 from loraplex_server.kernels.nf4_layout import CODE_BYTES, UNIT_BYTES, RepackedNf4
-from loraplex_server.kernels.nf4_lora import FusedLoraWorkspace, nf4_lora_linear
 
 LLAMA_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 QWEN_1_5B = {"qkv": (2048, 1536), "o": (1536, 1536), "gate_up": (17920, 1536), "down": (1536, 8960)}
@@ -135,16 +131,15 @@ def candidates(n: int, k: int, m: int, num_sms: int) -> Iterator[Config]:
                     yield mma
     if m <= 8:
         return
-    axes = ((1, 2, 3, 4), (1, 2, 4), (1, 2, 4, 7, 8), (2, 4, 6, 8), (4, 8, 16), (2, 3), (1, 2))
-    for wr, wk, split, p, xc, nbuf, ab in itertools.product(*axes):
-        config = WgmmaConfig(wr=wr, wk=wk, split=split, p=p, xc=xc, nbuf=nbuf, ab=ab)
-        if not config.valid(rows, row_blocks, k_blocks, num_sms) or k_blocks % (split * xc) or p % ab:
-            continue
-        if not 0.7 < config.grid(row_blocks) / num_sms <= 1 or not 2 <= wr * wk <= 4 or wr * wk * p < 8:
-            continue
-        if (xc > 4 and nbuf == 3) or (m > 32 and (ab == 2 or p == 8) and wr * wk == 4) or (ab == 2 and p in (2, 6)):
-            continue
-        yield config
+    warpgroups = ((4, 1), (3, 1), (2, 2), (1, 4), (1, 3), (2, 1), (1, 2))
+    for (wr, wk), split, xc, ab in itertools.product(warpgroups, (1, 2, 3, 4), (2, 3, 4, 6, 8), (1, 2)):
+        for share, turns in itertools.product(sorted({0, 1, wr}), (0, 1)):
+            for stages in (8, 6, 5, 4, 3, 2):
+                ring = RingConfig(wr=wr, wk=wk, split=split, share=share, xc=xc, stages=stages, ab=ab, turns=turns)
+                if ring.valid(rows, row_blocks, k_blocks, num_sms):
+                    if 0.7 < ring.grid(row_blocks) / num_sms <= 1 and ring.part_blocks(k_blocks) >= 8:
+                        yield ring
+                    break  # the most stages that fit
 
 
 def compile_all(work: Sequence[tuple[Config, int, int]]) -> None:
@@ -154,16 +149,16 @@ def compile_all(work: Sequence[tuple[Config, int, int]]) -> None:
         config, tiles, k_blocks = item
         defines = {name.upper(): value for name, value in vars(config).items()}
         defines |= {"MT": tiles, "KB": k_blocks, "HALF": 0}
-        nvrtc.build("nf4_mma.cu" if isinstance(config, MmaConfig) else "nf4_wgmma.cu", defines, nvrtc.device_arch(0))
+        nvrtc_build.build("nf4_mma.cu" if isinstance(config, MmaConfig) else "nf4_ring.cu", defines, nvrtc.device_arch(0))
 
-    nvrtc.compiler_version()
+    nvrtc_build.compiler_version()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(one, work))
 
 
 def versions() -> dict[str, str]:
     """What a figure depends on."""
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "nvrtc": nvrtc.compiler_version()}
+    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "nvrtc": nvrtc_build.compiler_version()}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -181,7 +176,7 @@ def run_nf4(linears: Linears, label: str, out: Path) -> None:
     plan = {(name, m): choose(n, k, m, num_sms, wgmma=True) for name, (n, k) in linears.shapes.items() for m in sizes}
     compile_all(
         [
-            (config, token_tiles(m, wgmma=isinstance(config, WgmmaConfig)), linears.shapes[name][1] // 64)
+            (config, token_tiles(m, wgmma=isinstance(config, RingConfig)), linears.shapes[name][1] // 64)
             for (name, m), config in plan.items()
         ]
     )
@@ -216,67 +211,6 @@ def row(
     }
 
 
-class Adapters:
-    """Adapters of one rank on every linear of every layer, in one arena, for 64 slots."""
-
-    def __init__(self, linears: Linears, parts: dict[str, tuple[int, ...]], rank: int) -> None:
-        self.tables: list[dict[str, torch.Tensor]] = []
-        offset = 0
-        for _ in linears.layers:
-            tables = {}
-            for group, sizes in parts.items():
-                total, k = rank * len(sizes), linears.shapes[group][1]
-                length = total * k + rank * sum(sizes)
-                entries = [
-                    [offset + slot * length, total, *([rank] * len(sizes)), *([0] * (6 - len(sizes)))]
-                    for slot in range(64)
-                ]
-                offset += 64 * length
-                tables[group] = torch.tensor(entries, dtype=torch.int64, device="cuda")
-            self.tables.append(tables)
-        self.arena = torch.empty(offset, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02)
-        self.workspace = FusedLoraWorkspace.allocate(rank_capacity=3 * rank, device="cuda")
-
-
-def run_lora(linears: Linears, label: str, out: Path, rank: int = 16) -> None:
-    rows: list[dict[str, Any]] = []
-    parts = LLAMA_8B_PARTS if label == "8b" else QWEN_1_5B_PARTS
-    for layer in linears.layers:
-        for name in linears.shapes:
-            layer[name] = replace(layer[name], part_rows=parts[name])
-    adapters = Adapters(linears, parts, rank)
-    for m, count in ((1, 1), (8, 1), (8, 8), (16, 16), (32, 1), (32, 8), (32, 32), (64, 8), (64, 64)):
-        base, base_spread = linears.time_all(m, {})
-        found = group_rows([i % count for i in range(m)], m)
-        groups = RowGroups(*(torch.tensor(values, dtype=torch.int32, device="cuda") for values in found))
-        buffers = {name: linears.tensors(name, m) for name in linears.shapes}
-        by_group = {}
-        for only in (None, *linears.shapes):
-            launches = [
-                functools.partial(
-                    nf4_lora_linear,
-                    x,
-                    layer[name],
-                    y,
-                    arena=adapters.arena,
-                    table=tables[name],
-                    rows=groups,
-                    workspace=adapters.workspace,
-                )
-                for layer, tables in zip(linears.layers, adapters.tables, strict=True)
-                for name in linears.shapes
-                if only in (None, name)
-                for x, y in [buffers[name]]
-            ]
-            by_group[only] = time_graph(launches)
-        median, spread = by_group[None]
-        rows.append(row(label, f"base beside {count} adapters", m, "", base, base_spread, "ms", 0.0, 0.0))
-        rows.append(row(label, f"{count} adapters of rank {rank}", m, "", median / 1e3, spread / 1e3, "ms", 0.0, 0.0))
-        each = {name: round(by_group[name][0] / len(linears.layers), 2) for name in linears.shapes}
-        print(f"m={m} adapters={count}: base {base:.3f} ms, with LoRA {median / 1e3:.3f} ms; us {each}", flush=True)
-    write(out / f"lora_{label}.csv", rows)
-
-
 def run_sweep(linears: Linears, label: str, out: Path, sizes: Sequence[int]) -> None:
     rows: list[dict[str, Any]] = []
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -288,7 +222,7 @@ def run_sweep(linears: Linears, label: str, out: Path, sizes: Sequence[int]) -> 
     print("candidates", {key: len(value) for key, value in plan.items()}, flush=True)
     compile_all(
         [
-            (config, token_tiles(m, wgmma=isinstance(config, WgmmaConfig)), linears.shapes[name][1] // 64)
+            (config, token_tiles(m, wgmma=isinstance(config, RingConfig)), linears.shapes[name][1] // 64)
             for (name, m), configs in plan.items()
             for config in configs
         ]
@@ -316,7 +250,7 @@ def run_sweep(linears: Linears, label: str, out: Path, sizes: Sequence[int]) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["nf4", "lora", "sweep"], nargs="+")
+    parser.add_argument("what", choices=["nf4", "sweep"], nargs="+")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--m", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--model", choices=["8b", "1.5b"], default="8b")
@@ -326,8 +260,6 @@ def main() -> None:
     linears = Linears(shapes, layers)
     if "nf4" in args.what:
         run_nf4(linears, args.model, args.out)
-    if "lora" in args.what:
-        run_lora(linears, args.model, args.out)
     if "sweep" in args.what:
         run_sweep(linears, args.model, args.out, args.m)
 

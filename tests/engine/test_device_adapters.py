@@ -14,7 +14,7 @@ from loraplex_server.engine.device_adapters import DeviceAdapters
 def test_a_slot_names_offset_and_ranks_of_every_group_and_is_empty_once_forgotten() -> None:
     ranks = {(0, "q_proj"): 3, (0, "v_proj"): 9, (1, "down_proj"): 24}
     image = build_image(random_weights(ranks), BASE, torch.float32, pinned=False)
-    tables = DeviceAdapters(BASE, torch.zeros(1 << 16), max_rows=4)
+    tables = DeviceAdapters(BASE, torch.zeros(1 << 16), max_rows=4, fuses=False)
     for slot, start in ((0, 1024), (2, 4096), (0, 2048)):  # a second adapter of the layout, and the first moved
         tables.place(slot, start, image.layout)
     groups = image.layout.groups

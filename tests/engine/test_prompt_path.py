@@ -57,7 +57,7 @@ class Bench:
             images.append(build_image(weights, base, torch.float32, pinned=False))
         self.lookup = Images(images)
         arena = torch.cat([image.data for image in images]).to(DEVICE)
-        tables, start = DeviceAdapters(base, arena, max_rows=4), 0
+        tables, start = DeviceAdapters(base, arena, max_rows=4, fuses=False), 0
         for slot, image in enumerate(images[:NUM_TABLED]):
             tables.place(slot, start, image.layout)
             start += image.data.numel()

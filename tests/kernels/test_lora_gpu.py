@@ -4,9 +4,13 @@ import pytest
 import torch
 
 from loraplex_server.kernels import nf4_cuda
-from loraplex_server.kernels.lora_rows_ref import RowGroups, empty_table, group_rows
+from loraplex_server.kernels.activation_ref import silu_mul_ref
+from loraplex_server.kernels.lora_args import BatchAdapters, FusedLoraWorkspace
+from loraplex_server.kernels.lora_produce import add_norm_shrink, silu_mul_shrink
+from loraplex_server.kernels.lora_rows_ref import EPILOGUE_COLUMN, RowGroups, empty_table, group_rows
 from loraplex_server.kernels.nf4 import Nf4Weight, RepackedNf4, repack
-from loraplex_server.kernels.nf4_lora import FusedLoraWorkspace, can_fuse, nf4_lora_linear
+from loraplex_server.kernels.nf4_lora import can_fuse, nf4_lora_linear
+from loraplex_server.kernels.norm_ref import rms_norm_ref
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,7 +63,11 @@ class Bench:
         return torch.randn(m, self.k, device="cuda", generator=generator).to(self.dtype)
 
     def launch(self, x: torch.Tensor, out: torch.Tensor, rows: RowGroups) -> None:
-        nf4_lora_linear(x, self.weight, out, arena=self.arena, table=self.table, rows=rows, workspace=self.workspace)
+        nf4_lora_linear(x, self.weight, out, self.adapters(rows))
+
+    def adapters(self, rows: RowGroups, *, gathered: bool = False) -> BatchAdapters:
+        table = self.table[rows.slots.clamp(min=0)] if gathered else self.table
+        return BatchAdapters(self.arena, table, rows, self.workspace, gathered)
 
     def run(self, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
         out = torch.full((x.shape[0], self.weight.num_out), float("nan"), dtype=x.dtype, device="cuda")
@@ -68,13 +76,17 @@ class Bench:
         self.launch(x, out, rows)
         return out
 
-    def error(self, out: torch.Tensor, x: torch.Tensor, slots: list[int]) -> float:
+    def expected(self, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
         expected = x.double() @ self.dense.T
         for row, slot in enumerate(slots):
             if slot >= 0:
                 a, factors = self.factors[slot]
                 v = torch.split(a @ x[row].double(), [b.shape[1] for b in factors])
                 expected[row] += torch.cat([b @ part for b, part in zip(factors, v, strict=True)])
+        return expected
+
+    def error(self, out: torch.Tensor, x: torch.Tensor, slots: list[int]) -> float:
+        expected = self.expected(x, slots)
         return float((out.double() - expected).norm() / expected.norm())
 
     def check(self, slots: list[int]) -> None:
@@ -109,6 +121,66 @@ def test_rank_16_in_every_distribution(m: int, group: str) -> None:
     bench = Bench(group, [(16,) * len(PARTS[group])] * 64)
     for slots in distributions(m, 64).values():
         bench.check(slots)
+
+
+@pytest.mark.parametrize("m", [17, 24, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_a_norm_is_made_and_shrunk_in_one_launch(m: int, dtype: torch.dtype, has_residual: bool) -> None:
+    bench = Bench("qkv", [(16, 16, 16), (8, 0, 24), (0, 0, 0), (64, 64, 64)], dtype)
+    given, residual, weight = (40 * bench.inputs(m, seed=1)), 9 * bench.inputs(m, seed=2), bench.inputs(1, seed=3)[0]
+    for slots in distributions(m, 4).values():
+        rows, out = row_groups(slots), torch.empty(m, bench.weight.num_out, dtype=dtype, device="cuda")
+        adapters = bench.adapters(rows, gathered=True)
+        shrunk, total = add_norm_shrink(given, residual if has_residual else None, weight, 1e-5, adapters)
+        nf4_lora_linear(shrunk, bench.weight, out, adapters)
+        assert torch.equal(total, (given + residual) if has_residual else given)
+        expected = rms_norm_ref(total, weight, 1e-5)
+        torch.testing.assert_close(shrunk.x, expected, rtol=2e-2, atol=1e-2)
+        assert bench.error(out, shrunk.x, slots) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("m", [17, 24, 33, 64])
+def test_an_activation_is_made_and_shrunk_in_one_launch(m: int) -> None:
+    bench = Bench("o", [(16,), (8,), (0,), (256,)], k=2112)
+    gate_up = torch.cat([bench.inputs(m, seed=1), bench.inputs(m, seed=2)], dim=1)
+    for slots in distributions(m, 4).values():
+        rows, out = row_groups(slots), torch.empty(m, bench.weight.num_out, dtype=bench.dtype, device="cuda")
+        adapters = bench.adapters(rows, gathered=True)
+        shrunk = silu_mul_shrink(gate_up, adapters)
+        nf4_lora_linear(shrunk, bench.weight, out, adapters)
+        torch.testing.assert_close(shrunk.x, silu_mul_ref(gate_up), rtol=2e-2, atol=1e-2)
+        assert bench.error(out, shrunk.x, slots) < TOLERANCE[bench.dtype]
+
+
+@pytest.mark.parametrize("m", [1, 8, 24, 64])
+def test_an_epilogue_scales_and_shifts_the_finished_output_of_its_adapter_alone(m: int) -> None:
+    bench = Bench("qkv", [(16, 16, 16), (0, 0, 0), (8, 0, 24)])
+    n, generator = bench.weight.num_out, torch.Generator("cuda").manual_seed(5)
+    epilogues = torch.rand(2, 2, n, device="cuda", generator=generator) + 0.5  # of adapters 0 and 1
+    start = -(-bench.arena.numel() // 8) * 8
+    room = torch.zeros(start + 8 * n, dtype=bench.dtype, device="cuda")
+    room[: bench.arena.numel()] = bench.arena
+    room[start:].view(torch.float32).copy_(epilogues.flatten())
+    bench.arena = room
+    bench.table[:2, EPILOGUE_COLUMN] = torch.tensor([start, start + 4 * n])
+    bias = bench.inputs(1, seed=11)[0, :1].expand(n).contiguous()
+    for slots in distributions(m, 3).values():
+        x, out = bench.inputs(m), torch.empty(m, n, dtype=bench.dtype, device="cuda")
+        nf4_lora_linear(x, bench.weight, out, bench.adapters(row_groups(slots)), bias=bias)
+        plain = bench.expected(x, slots) + bias.double()
+        for row, slot in enumerate(slots):
+            if slot in (0, 1):
+                plain[row] = epilogues[slot, 0].double() * plain[row] + epilogues[slot, 1].double()
+        assert float((out.double() - plain).norm() / plain.norm()) < TOLERANCE[bench.dtype]
+
+
+def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
+    bench = Bench("gate_up", [(16, 16)] * 8)
+    x = bench.inputs(8)
+    together = bench.run(x, list(range(8)))
+    others = bench.run(x, [0, -1, 0, 3, 3, 3, -1, 7])
+    assert torch.equal(together[[0, 3, 7]], others[[0, 3, 7]])
 
 
 @pytest.mark.parametrize("m", [2, 11, 32, 64])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from loraplex_server.kernels.nf4 import Nf4FormatError, Nf4Gemm, Nf4Weight, nf4_linear, repack
-from loraplex_server.kernels.nf4_config import WgmmaConfig, choose, token_tiles
+from loraplex_server.kernels.nf4_config import MEASURED, SHARED_BYTES, RingConfig, choose, token_tiles, with_room
 from loraplex_server.kernels.nf4_layout import TABLE_GAIN, UNIT_BYTES
 from loraplex_server.kernels.nf4_ref import dequantize_nf4_ref, nf4_linear_ref
 
@@ -140,10 +140,22 @@ def test_parts_must_share_k() -> None:
 def test_every_shape_has_a_valid_configuration(m: int, shape: tuple[int, int], wgmma: bool) -> None:
     config = choose(*shape, m, 132, wgmma=wgmma)
     row_blocks, k_blocks, rows = -(-shape[0] // 64), shape[1] // 64, token_tiles(m, wgmma=wgmma) * 8
-    if isinstance(config, WgmmaConfig):
+    if isinstance(config, RingConfig):
         assert wgmma
         assert config.valid(rows, row_blocks, k_blocks, 132)
     else:
         assert config.valid(rows, row_blocks, k_blocks)
-    covered = config.grid(row_blocks) * (config.wr if isinstance(config, WgmmaConfig) else config.wr * config.r / 4)
-    assert covered >= row_blocks
+    if isinstance(config, RingConfig):
+        own = config.wr - config.share / config.num_clustered
+        assert config.grid(row_blocks) / config.split * own >= row_blocks
+    else:
+        assert config.grid(row_blocks) * config.wr * config.r / 4 >= row_blocks
+
+
+def test_room_is_made_in_every_measured_ring() -> None:
+    for (_, k), configs in MEASURED.items():
+        for tiles, config in configs.items():
+            if isinstance(config, RingConfig):
+                smaller = with_room(config, tiles * 8, k // 64, 20_000)
+                assert smaller.valid(tiles * 8, 1, k // 64, 132)
+                assert smaller.shared_bytes(tiles * 8, k // 64) + 20_000 <= SHARED_BYTES

@@ -37,7 +37,7 @@ def test_everything_that_changes_the_code_changes_its_name(
     nvrtc_build.build("nf4_mma.cu", {"MT": 1}, "sm_90a")
     nvrtc_build.build("nf4_mma.cu", {"MT": 2}, "sm_90a")
     nvrtc_build.build("nf4_mma.cu", {"MT": 1}, "sm_100a")
-    nvrtc_build.build("nf4_wgmma.cu", {"MT": 1}, "sm_90a")
+    nvrtc_build.build("nf4_ring.cu", {"MT": 1}, "sm_90a")
     monkeypatch.setattr(nvrtc_build, "compiler_version", lambda: "13.1")
     nvrtc_build.build("nf4_mma.cu", {"MT": 1}, "sm_90a")
     monkeypatch.setattr(nvrtc_build, "_read", lambda name: f"another {name}")

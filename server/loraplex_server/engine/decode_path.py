@@ -126,7 +126,10 @@ class DecodePath:
         """Whether every one of these can run here: nothing that the host must look at between two tokens."""
         if not seqs or len(seqs) > self._buckets[-1]:
             return False
-        return all(self._sampling.takes(seq) and (seq.slot < 0 or self._adapters.fits(seq.slot)) for seq in seqs)
+        return all(
+            self._sampling.takes(seq) and (seq.slot < 0 or self._adapters.fits_rows(seq.slot, len(seqs)))
+            for seq in seqs
+        )
 
     # --- a step -----------------------------------------------------------------------------------------------------
 

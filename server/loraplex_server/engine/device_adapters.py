@@ -12,9 +12,12 @@ from loraplex_adapters.base import BaseShape
 from loraplex_server.engine.adapter_image import AdapterLayout, GroupPlace
 from loraplex_server.kernels.lora import LoraWorkspace
 from loraplex_server.kernels.lora_args import FusedLoraWorkspace
-from loraplex_server.kernels.lora_rows_ref import TABLE_COLUMNS, RowGroups, group_rows
+from loraplex_server.kernels.lora_rows_ref import EPILOGUE_COLUMN, TABLE_COLUMNS, RowGroups, group_rows
 from loraplex_server.kernels.lora_segments import GroupFactors
+from loraplex_server.kernels.nf4_config import MAX_ROWS
+from loraplex_server.model.adapter_rows import AdapterRows, AdapterTables
 from loraplex_server.model.adapters import GROUPS
+from loraplex_server.model.fused import Linears
 
 # Resident adapters that the tables have room for, and ranks of one group; others are served through the plain path.
 MAX_SLOTS: Final = 1024
@@ -36,7 +39,7 @@ class DeviceAdapters:
     Shapes: table [slots, layers, groups, 8] int64, see ``kernels.lora_rows_ref``.
     """
 
-    def __init__(self, base: BaseShape, arena: Tensor, *, max_rows: int) -> None:
+    def __init__(self, base: BaseShape, arena: Tensor, *, max_rows: int, fuses: bool) -> None:
         device = arena.device
         self._base = base
         self._arena = arena
@@ -46,20 +49,26 @@ class DeviceAdapters:
         self._part_sizes = {group: tuple(base.linears[m][0] for m in members) for group, members in GROUPS.items()}
         self._workspace = LoraWorkspace.allocate(max_rows=max_rows, rank_capacity=RANK_CAPACITY, device=device)
         self._fused = FusedLoraWorkspace.allocate(rank_capacity=RANK_CAPACITY, device=device)
+        self._fuses = fuses
         self._most_ranks: dict[int, int] = {}
+        self._with_epilogue: set[int] = set()
         self._columns: WeakKeyDictionary[AdapterLayout, _Columns] = WeakKeyDictionary()
 
         def rows(size: int) -> Tensor:
             return torch.full((size,), -1, dtype=torch.int32, device=device)
 
         self._rows = RowGroups(rows(max_rows), rows(max_rows + 1), rows(max_rows))
+        fused_rows = min(max_rows, MAX_ROWS)
+        self._chosen = self._table.new_zeros(fused_rows, *self._table.shape[1:])
+        self._gathered = self._chosen.permute(1, 2, 0, 3).contiguous()
 
     # --- where factors lie ------------------------------------------------------------------------------------------
 
     def place(self, slot: int, start: int, layout: AdapterLayout) -> None:
         """The adapter in ``slot`` lies at ``start`` (elements) of the arena from now on."""
         self._most_ranks.pop(slot, None)
-        if not layout.is_plain:
+        self._with_epilogue.discard(slot)
+        if layout.outside is not None:
             return
         most_ranks = max(place.rank for place in layout.groups.values())
         if slot >= MAX_SLOTS or most_ranks > RANK_CAPACITY:
@@ -70,15 +79,25 @@ class DeviceAdapters:
         staged = entries.pin_memory() if self._table.is_cuda else entries
         self._table[slot].copy_(staged, non_blocking=True)
         self._most_ranks[slot] = most_ranks
+        if layout.has_epilogues:
+            self._with_epilogue.add(slot)
+        self._gather()
 
     def forget(self, slot: int) -> None:
         """Nobody is in ``slot``: rows that still name it get nothing added."""
+        self._with_epilogue.discard(slot)
         if self._most_ranks.pop(slot, None) is not None:
             self._table[slot].zero_()
+            self._gather()
 
     def fits(self, slot: int) -> bool:
-        """Whether rows may use this slot."""
-        return slot in self._most_ranks
+        """Whether the kernels for any number of rows serve this slot: all that it adds is B A x."""
+        return slot in self._most_ranks and slot not in self._with_epilogue
+
+    def fits_rows(self, slot: int, num_rows: int) -> bool:
+        """Whether decode rows of a batch of this size may use this slot."""
+        fused = self._fuses and num_rows <= MAX_ROWS
+        return slot in self._most_ranks and (fused or slot not in self._with_epilogue)
 
     def most_ranks(self, slot: int) -> int:
         """Ranks of the widest group of linears of the adapter in this slot, all its linears together."""
@@ -98,6 +117,9 @@ class DeviceAdapters:
                 index = _GROUP_INDEX[group]
                 relative[layer, index, : 2 + len(GROUPS[group])] = self._entry(group, place)
                 is_start[layer, index, 0] = 1
+                if place.epilogue is not None:
+                    relative[layer, index, EPILOGUE_COLUMN] = place.epilogue
+                    is_start[layer, index, EPILOGUE_COLUMN] = 1
             found = self._columns[layout] = _Columns(relative, is_start)
         return found
 
@@ -116,28 +138,15 @@ class DeviceAdapters:
         groups = group_rows([*slots, *[-1] * (bucket - len(slots))], bucket)
         for target, values in zip((self._rows.slots, self._rows.starts, self._rows.order), groups, strict=True):
             target[: len(values)].copy_(torch.tensor(values, dtype=torch.int32))
+        self._gather()
 
-    def for_bucket(self, bucket: int) -> Multiply:
+    def for_bucket(self, bucket: int) -> Linears:
         """What multiplies a bucket's rows by the base's weights and adds their adapters' deltas."""
         rows = RowGroups(self._rows.slots[:bucket], self._rows.starts[: bucket + 1], self._rows.order[:bucket])
+        tables = AdapterTables(self._arena, self._table, self._gathered, self._part_sizes)
+        return AdapterRows(tables, rows, self._fused, self._workspace)
 
-        def multiply(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
-            table = self._table[:, layer, _GROUP_INDEX[group]]
-            if isinstance(weights, Nf4Linear) and (packed := weights.repacked) and can_fuse(packed, bucket):
-                out = x.new_empty(bucket, packed.num_out)
-                nf4_lora_linear(
-                    x,
-                    packed,
-                    out,
-                    arena=self._arena,
-                    table=table,
-                    rows=rows,
-                    workspace=self._fused,
-                    bias=weights.bias,
-                )
-                return out
-            out = weights(x)
-            lora_rows(out, x, self._arena, table, rows, self._part_sizes[group], self._workspace)
-            return out
-
-        return multiply
+    def _gather(self) -> None:
+        """Bring the seated rows' part of the table to where the fused kernels read it without looking slots up."""
+        torch.index_select(self._table, 0, self._rows.slots[: self._chosen.shape[0]].clamp(min=0), out=self._chosen)
+        self._gathered.copy_(self._chosen.permute(1, 2, 0, 3))

@@ -32,6 +32,7 @@ from loraplex_server.engine.sampler import Sampled, Sampler
 from loraplex_server.engine.scheduler import DEFAULT_MIXED_TOKENS, Scheduler, SchedulerLimits
 from loraplex_server.engine.sequence import FinishReason, Request, Sequence
 from loraplex_server.engine.stepper import Stepper
+from loraplex_server.model.adapter_rows import fuses
 from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 
@@ -322,7 +323,7 @@ def build_decode_path(
     from loraplex_server.engine.prompt_path import PromptPath
     from loraplex_server.model.fused import FusedForward
 
-    adapters = DeviceAdapters(decoder.base_shape, residency.arena, max_rows=limits.max_running)
+    adapters = DeviceAdapters(decoder.base_shape, residency.arena, max_rows=limits.max_running, fuses=fuses(decoder))
     residency.tables = adapters
     forward = FusedForward(decoder, kv, max_sequences=limits.max_running)
     path = DecodePath(

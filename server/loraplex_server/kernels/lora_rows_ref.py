@@ -12,8 +12,10 @@ from torch import Tensor
 
 # Linears in the largest group (q, k, v).
 MAX_PARTS: Final = 3
-# Columns of a table row: offset of A in the arena (elements), ranks in all, ranks of each linear; then padding.
+# Columns of a table row: offset of A in the arena (elements), ranks in all, ranks of each linear, offset of the epilogue
+# (0: none), padding.
 TABLE_COLUMNS: Final = 8
+EPILOGUE_COLUMN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ from loraplex_server.kernels.lora_rows_ref import MAX_PARTS
 
 # Rows of a tile.
 TILE_ROWS: Final = 64
+# Columns, warps and stages of a tile.
+EXPAND_TILE: Final = (128, 4, 2)
+GATE_TILE: Final = (128, 8, 2)
 # Programs of a shrink below which K is split.
 _ENOUGH_PROGRAMS: Final = 120
 _MAX_SPLITS: Final = 16
@@ -132,11 +135,11 @@ def _expand_kernel(
     col_tile -= tl.where(is2, col_tiles0 + col_tiles1, tl.where(is1, col_tiles0, 0))
     n = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     row = first + tl.arange(0, ROWS)
-    delta = _delta(v_ptr, v_stride, b_ptr, row, last, rank_base, rank, n, n_size, ROWS, RANKS, BLOCK_N, PRECISION)
     out = out_ptr + row[:, None].to(tl.int64) * out_stride + (column + n)[None, :]
     mask = (row < last)[:, None] & (n < n_size)[None, :]
-    base = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, (base + delta).to(out_ptr.dtype.element_ty), mask=mask)
+    base = tl.load(out, mask=mask, other=0.0)  # on its way while the delta is worked out
+    delta = _delta(v_ptr, v_stride, b_ptr, row, last, rank_base, rank, n, n_size, ROWS, RANKS, BLOCK_N, PRECISION)
+    tl.store(out, (base.to(tl.float32) + delta).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -232,13 +235,13 @@ def lora_add(out: Tensor, x: Tensor, factors: GroupFactors, rows: RowTiles, work
     """Add every row's delta to ``out`` [T, N] in place; x [T, K]; rows contiguous. Defined by ``lora_rows_ref``."""
     n0, n1, n2 = (*factors.part_sizes, *(0,) * (MAX_PARTS - len(factors.part_sizes)))
     v = _shrink(x, factors, rows, workspace)
-    block_n = 128
+    block_n, num_warps, num_stages = EXPAND_TILE
     col_tiles = [triton.cdiv(n, block_n) for n in (n0, n1, n2)]
     _expand_kernel[(sum(col_tiles), rows.tiles.shape[0])](
         out, out.stride(0), v, v.stride(0), factors.arena, factors.table, factors.table.stride(0), rows.tiles,
         x.shape[1], n0, n1, n2, col_tiles[0], col_tiles[1],
-        ROWS=TILE_ROWS, RANKS=_ranks(rows.most_ranks, 32), BLOCK_N=block_n, PRECISION=_precision(x), num_warps=4,
-        num_stages=2, **launch_options(x.device),
+        ROWS=TILE_ROWS, RANKS=_ranks(rows.most_ranks, 32), BLOCK_N=block_n, PRECISION=_precision(x),
+        num_warps=num_warps, num_stages=num_stages, **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -250,12 +253,12 @@ def lora_silu_mul(
     Shapes: x [T, K], out [T, I] contiguous -> out.
     """
     v = _shrink(x, factors, rows, workspace)
-    block_n = 128
+    block_n, num_warps, num_stages = GATE_TILE
     _silu_mul_kernel[(triton.cdiv(out.shape[1], block_n), rows.tiles.shape[0])](
         gate_up, gate_up.stride(0), out, v, v.stride(0), factors.arena, factors.table, factors.table.stride(0),
         rows.tiles, x.shape[1], out.shape[1],
-        ROWS=TILE_ROWS, RANKS=_ranks(rows.most_ranks, 32), BLOCK_N=block_n, PRECISION=_precision(x), num_warps=8,
-        num_stages=2, **launch_options(x.device),
+        ROWS=TILE_ROWS, RANKS=_ranks(rows.most_ranks, 32), BLOCK_N=block_n, PRECISION=_precision(x),
+        num_warps=num_warps, num_stages=num_stages, **launch_options(x.device),
     )  # fmt: skip
     return out
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraplex_server.kernels import nvrtc
-from loraplex_server.kernels.nf4_config import MAX_ROWS, Config, MmaConfig, choose, token_tiles
+from loraplex_server.kernels import nvrtc, tensor_map
+from loraplex_server.kernels.nf4_config import MAX_ROWS, Config, MmaConfig, RingConfig, choose, token_tiles
 from loraplex_server.kernels.nf4_layout import RepackedNf4
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _MMA_TYPES = (_POINTER,) * 4 + (_INT, _INT, _INT, _FLOAT, _INT)
-_WGMMA_TYPES = (_POINTER,) * 4 + (_INT, _INT, _INT, _FLOAT, _POINTER, _POINTER)
-_DEQUANTIZE_TYPES = (_POINTER, _POINTER, _FLOAT, _INT, _INT, _INT)
-
-# Dense panels of this many values stay in the L2 cache between the kernel that writes and the GEMM that reads them.
-_PANEL_VALUES = 16 * 1024 * 1024
+_RING_TYPES = (_POINTER, tensor_map.TensorMap, _POINTER, _POINTER, _INT, _INT, _INT, _FLOAT, _POINTER, _POINTER)
+_SOURCES: dict[type[Config], tuple[str, str, tuple[Any, ...]]] = {
+    MmaConfig: ("nf4_mma.cu", "nf4_mma", _MMA_TYPES),
+    RingConfig: ("nf4_ring.cu", "nf4_ring", _RING_TYPES),
+}
 
 
 @functools.cache
@@ -70,22 +71,16 @@ class Epilogue:
 def _kernel(config: Config, tiles: int, k_blocks: int, half: bool, lora: Epilogue | None) -> nvrtc.Kernel:
     defines = {name.upper(): value for name, value in vars(config).items()}
     defines |= {"MT": tiles, "KB": k_blocks, "HALF": int(half)}
-    mma = isinstance(config, MmaConfig)
-    argtypes, block = _MMA_TYPES if mma else _WGMMA_TYPES, config.block
-    shared = config.shared_bytes(tiles * 8, k_blocks)
+    source, name, argtypes = _SOURCES[type(config)]
+    block, shared = config.block, config.shared_bytes(tiles * 8, k_blocks)
     if lora is not None:
         defines["LORA"] = lora.warps
         argtypes = (*argtypes, type(lora.args), _INT)
-        block += 32 * lora.warps
         shared = _aligned(shared) + lora.shared_bytes
+        if not isinstance(config, RingConfig):  # which has warps to spare
+            block += 32 * lora.warps
     return nvrtc.load(
-        "nf4_mma.cu" if mma else "nf4_wgmma.cu",
-        "nf4_mma" if mma else "nf4_wgmma",
-        argtypes,
-        defines=defines,
-        block=block,
-        shared_bytes=shared,
-        cluster=config.cl if isinstance(config, MmaConfig) else 1,
+        source, name, argtypes, defines=defines, block=block, shared_bytes=shared, cluster=config.num_clustered
     )
 
 
@@ -119,7 +114,10 @@ def gemm(
     tiles = token_tiles(m, wgmma=not isinstance(config, MmaConfig))
     row_blocks, k_blocks = weight.num_row_blocks, weight.num_k_blocks
     kernel = _kernel(config, tiles, k_blocks, x.dtype == torch.float16, lora)
-    tensors = [weight.data.data_ptr(), x.data_ptr(), out.data_ptr(), bias.data_ptr() if bias is not None else 0]
+    x_arg: int | ctypes.Structure = x.data_ptr()
+    if isinstance(config, RingConfig):
+        x_arg = tensor_map.rows_by_64(x, tiles * 8, config.xc)
+    tensors = [weight.data.data_ptr(), x_arg, out.data_ptr(), bias.data_ptr() if bias is not None else 0]
     args: list[int | float | ctypes.Structure] = [*tensors, m, weight.num_out]
     if isinstance(config, MmaConfig):
         args += [row_blocks * 4, weight.gain, config.receive_offset(m, k_blocks)]
@@ -129,28 +127,3 @@ def gemm(
     if lora is not None:
         args += [lora.args, _aligned(config.shared_bytes(tiles * 8, k_blocks))]
     kernel.launch(config.grid(row_blocks), args, dependent=dependent)
-
-
-def dequantize(weight: RepackedNf4, first_row: int, out: Tensor) -> None:
-    """Rows ``first_row`` (a multiple of 64) and on, dense. Shape: out [rows, K], contiguous."""
-    half = out.dtype == torch.float16
-    kernel = nvrtc.load(
-        "nf4_dequantize.cu", "nf4_dequantize", _DEQUANTIZE_TYPES, defines={"HALF": int(half)}, block=256
-    )
-    rows, k_blocks = out.shape[0], weight.num_k_blocks
-    grid = -(-(-(-rows // 16) * k_blocks) // 8)
-    kernel.launch(grid, [weight.data.data_ptr(), out.data_ptr(), weight.gain, first_row, rows, k_blocks])
-
-
-def gemm_dense(x: Tensor, weight: RepackedNf4, out: Tensor, bias: Tensor | None) -> None:
-    """out = x @ W.T (+ bias) for many rows: panels of W are made dense, and cuBLAS multiplies. Shapes: as ``gemm``."""
-    panel = max(64, _PANEL_VALUES // weight.num_in // 64 * 64)
-    scratch = torch.empty(min(panel, weight.num_out), weight.num_in, dtype=x.dtype, device=x.device)
-    for first in range(0, weight.num_out, panel):
-        rows = min(panel, weight.num_out - first)
-        dequantize(weight, first, scratch[:rows])
-        part = out[:, first : first + rows]
-        if bias is None:
-            torch.mm(x, scratch[:rows].T, out=part)
-        else:
-            torch.addmm(bias[first : first + rows], x, scratch[:rows].T, out=part)

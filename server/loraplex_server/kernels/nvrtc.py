@@ -41,17 +41,19 @@ class _Attribute(ctypes.Structure):
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """The CUDA driver's library. Raises: CompilerMissingError."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise CompilerMissingError(f"no CUDA driver: {error}") from error
 
 
-def _check(result: int, what: str) -> None:
+def check(result: int, what: str) -> None:
+    """Raises: LaunchError if a driver's call, described by ``what``, gave anything but success."""
     if result:
         message = ctypes.c_char_p()
-        _driver().cuGetErrorString(result, ctypes.byref(message))
+        driver().cuGetErrorString(result, ctypes.byref(message))
         raise LaunchError(f"{what}: {(message.value or b'unknown error').decode()} ({result})")
 
 
@@ -92,8 +94,8 @@ class Kernel:
             for kind, value in zip(self.argtypes, args, strict=True)
         ]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        launched = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
-        _check(launched, f"launch of {self.name}")
+        launched = driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(self.handle), pointers, None)
+        check(launched, f"launch of {self.name}")
 
 
 # The handle of a kernel that is only planned.
@@ -151,13 +153,13 @@ def load(
 
 
 def _load_function(cubin: bytes, name: str, shared_bytes: int) -> int:
-    driver, module, function = _driver(), ctypes.c_void_p(), ctypes.c_void_p()
+    cuda, module, function = driver(), ctypes.c_void_p(), ctypes.c_void_p()
     torch.cuda.current_stream()  # makes the device's context current on this thread
-    _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), f"load of {name}")
-    _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"look-up of {name}")
+    check(cuda.cuModuleLoadData(ctypes.byref(module), cubin), f"load of {name}")
+    check(cuda.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"look-up of {name}")
     if shared_bytes > _STATIC_SHARED_BYTES:
-        _check(
-            driver.cuFuncSetAttribute(function, _FUNCTION_DYNAMIC_SHARED_BYTES, shared_bytes),
+        check(
+            cuda.cuFuncSetAttribute(function, _FUNCTION_DYNAMIC_SHARED_BYTES, shared_bytes),
             f"{shared_bytes} bytes of shared memory for {name}",
         )
     if function.value is None:
@@ -177,7 +179,7 @@ def available() -> bool:
     if not torch.cuda.is_available():
         return False
     try:
-        _driver()
+        driver()
         compiler_version()
     except CompilerMissingError:
         return False

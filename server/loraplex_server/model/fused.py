@@ -4,8 +4,8 @@ Nothing here depends on values that only the device knows, so that a pass can be
 for any sequences, lengths and adapters.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,69 @@ from loraplex_server.model.decoder import Decoder
 from loraplex_server.model.kv_cache import KVCache
 from loraplex_server.model.linear import GroupLinear
 
-# (weights, x [T, K], layer, group) -> [T, N]: one group of linears, every row's adapter delta included.
-Multiply = Callable[[GroupLinear, Tensor, int, str], Tensor]
+
+class Input(Protocol):
+    """What a group of linears multiplies: rows x [T, K], and whatever its maker adds for them."""
+
+    @property
+    def x(self) -> Tensor:
+        """The rows."""
+
+
+class Target(NamedTuple):
+    """A group of linears of one layer."""
+
+    weights: GroupLinear
+    layer: int
+    group: str
+
+
+class Linears(Protocol):
+    """Makes the inputs of groups of linears and multiplies them, every row's adapter delta included."""
+
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, target: Target
+    ) -> tuple[Input, Tensor]:
+        """The norm of residual + x, which is the target's input, and that sum. May write to ``residual``."""
+
+    def gated(self, gate_up: Tensor, target: Target) -> Input:
+        """silu(gate) * up, the target's input."""
+
+    def attended(self, x: Tensor, target: Target) -> Input:
+        """The attention's output as the target's input."""
+
+    def multiply(self, given: Input, target: Target) -> Tensor:
+        """x @ W.T and the rows' adapter deltas. Shape: [T, N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """An ``Input`` of x alone."""
+
+    x: Tensor
+
+
+class BaseAlone:
+    """``Linears`` for rows without adapters."""
+
+    def norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, target: Target
+    ) -> tuple[Input, Tensor]:
+        if residual is None:
+            return Plain(rms_norm(x, weight, eps)), x
+        return Plain(add_rms_norm(x, residual, weight, eps)), residual
+
+    def gated(self, gate_up: Tensor, target: Target) -> Input:
+        return Plain(silu_mul(gate_up))
+
+    def attended(self, x: Tensor, target: Target) -> Input:
+        return Plain(x)
+
+    def multiply(self, given: Input, target: Target) -> Tensor:
+        return target.weights(given.x)
+
+
+base_alone: Final = BaseAlone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +96,6 @@ class DecodeRows:
     kv_lens: Tensor
     adapters: Tensor
     block_tables: Tensor
-
-
-def base_alone(weights: GroupLinear, x: Tensor, layer: int, group: str) -> Tensor:
-    """``Multiply`` for rows without adapters."""
-    return weights(x)
 
 
 class FusedForward:
@@ -60,23 +116,23 @@ class FusedForward:
         )
 
     @torch.inference_mode()
-    def decode(self, rows: DecodeRows, num_positions: int, multiply: Multiply) -> Tensor:
+    def decode(self, rows: DecodeRows, num_positions: int, linears: Linears) -> Tensor:
         """One token for each row; logits [B, V] in the model's dtype. ``num_positions`` bounds the positions."""
         spec, layers = self._decoder.spec, self._decoder.layers
         cos, sin = self._decoder.rope.tables(num_positions)
-        hidden = embedding(rows.token_ids, self._decoder.embed)
-        x = rms_norm(hidden, layers[0].input_norm, spec.rms_eps)
+        out, residual = embedding(rows.token_ids, self._decoder.embed), None
         for index, layer in enumerate(layers):
-            qkv = multiply(layer.qkv, x, index, "qkv")
+            qkv, o = Target(layer.qkv, index, "qkv"), Target(layer.o, index, "o")
+            gate_up, down = Target(layer.gate_up, index, "gate_up"), Target(layer.down, index, "down")
+            given, residual = linears.norm(out, residual, layer.input_norm, spec.rms_eps, qkv)
             mixed = attend_rows(
-                qkv, rows.positions, cos, sin, rows.kv_slots, self._kv.k[index], self._kv.v[index],
-                rows.block_tables, rows.kv_lens, self._workspace,
+                linears.multiply(given, qkv), rows.positions, cos, sin, rows.kv_slots, self._kv.k[index],
+                self._kv.v[index], rows.block_tables, rows.kv_lens, self._workspace,
                 qk_norm=layer.qk_norm, eps=spec.rms_eps, window=spec.windows[index],
             )  # fmt: skip
-            out = multiply(layer.o, mixed.flatten(1), index, "o")
-            x = add_rms_norm(out, hidden, layer.post_norm, spec.rms_eps)
-            inner = silu_mul(multiply(layer.gate_up, x, index, "gate_up"))
-            out = multiply(layer.down, inner, index, "down")
-            following = layers[index + 1].input_norm if index + 1 < len(layers) else self._decoder.final_norm
-            x = add_rms_norm(out, hidden, following, spec.rms_eps)
-        return self._decoder.scores(x)
+            out = linears.multiply(linears.attended(mixed.flatten(1), o), o)
+            given, residual = linears.norm(out, residual, layer.post_norm, spec.rms_eps, gate_up)
+            inner = linears.gated(linears.multiply(given, gate_up), down)
+            out = linears.multiply(inner, down)
+        assert residual is not None
+        return self._decoder.scores(add_rms_norm(out, residual, self._decoder.final_norm, spec.rms_eps))

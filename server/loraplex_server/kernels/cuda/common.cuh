@@ -22,7 +22,7 @@ constexpr int TABLE_BYTES = 65536;  // 256 pairs of values, one copy a bank, eve
 constexpr float TABLE_GAIN = 1.524605f;
 
 // The NF4 value of a code as selects between immediates: a constant array would cost a cold cache miss every launch.
-DEVICE float nf4_value(int code) {
+DEVICE constexpr float nf4_value(int code) {
   float v = -1.0f;
   if (code == 1) v = -0.6961928009986877f;
   if (code == 2) v = -0.5250730514526367f;
@@ -111,31 +111,23 @@ DEVICE void fill_table(u8 *table, int thread, int num_threads) {
     *(uint4 *)(table + entry * 256 + (i & 7) * 16) = make_uint4(v, v, v, v);
   }
 }
-// Four code bytes of one lane -> one 16x16 A fragment. Dynamic shared memory begins at a fixed address, which becomes
-// part of the load instruction; in a cluster the address also holds the CTA's rank and is added.
+// Dynamic shared memory begins at a fixed address, which becomes part of the load instruction. In a cluster byte 3 of a
+// shared address holds the CTA's rank; the permute takes it over from `lane4`.
 constexpr u32 TABLE_AT = 1024;
-#ifndef FIXED_TABLE
-#define FIXED_TABLE 1
-#endif
-DEVICE void check_table(const u8 *table) {
-  if (FIXED_TABLE && (shared_address(table) & 0xffffff) != TABLE_AT) asm volatile("trap;");
+DEVICE u32 table_lane(const u8 *table, int lane) {
+  const u32 at = shared_address(table);
+  if ((at & 0xffffff) != TABLE_AT) asm volatile("trap;");
+  return (at & 0xff000000) | lane * 4;
 }
-#if FIXED_TABLE
-#define TABLE_ENTRY(offset) "[" offset "+%7]"
-#define ADD_TABLE(offset) ""
-#else
-#define TABLE_ENTRY(offset) "[" offset "]"
-#define ADD_TABLE(offset) "add.u32 " offset "," offset ",%6; "
-#endif
-// All at once: for mma.sync, where the look-ups of one step hide behind the arithmetic of the one before.
-DEVICE void decode4(u32 codes, u32 lane4, u32 table, u32 *a) {
+// Four code bytes of one lane -> one 16x16 A fragment. All at once: for mma.sync, where the look-ups of one step hide
+// behind the arithmetic of the one before.
+DEVICE void decode4(u32 codes, u32 lane4, u32 *a) {
   asm volatile(
-      "{.reg .b32 p,q,r,s; prmt.b32 p,%4,%5,0x5504; prmt.b32 q,%4,%5,0x5514; prmt.b32 r,%4,%5,0x5524; "
-      "prmt.b32 s,%4,%5,0x5534; " ADD_TABLE("p") ADD_TABLE("q") ADD_TABLE("r") ADD_TABLE("s")
-      "ld.shared.b32 %0," TABLE_ENTRY("p") "; ld.shared.b32 %1," TABLE_ENTRY("q") "; "
-      "ld.shared.b32 %2," TABLE_ENTRY("r") "; ld.shared.b32 %3," TABLE_ENTRY("s") ";}"
+      "{.reg .b32 p,q,r,s; prmt.b32 p,%4,%5,0x7604; prmt.b32 q,%4,%5,0x7614; prmt.b32 r,%4,%5,0x7624; "
+      "prmt.b32 s,%4,%5,0x7634; ld.shared.b32 %0,[p+%6]; ld.shared.b32 %1,[q+%6]; ld.shared.b32 %2,[r+%6]; "
+      "ld.shared.b32 %3,[s+%6];}"
       : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-      : "r"(codes), "r"(lane4), "r"(table), "n"(TABLE_AT));
+      : "r"(codes), "r"(lane4), "n"(TABLE_AT));
 }
 // One by one: for wgmma, between whose issues the compiler spreads them.
 DEVICE u32 look_up(u32 offset) {
@@ -144,10 +136,46 @@ DEVICE u32 look_up(u32 offset) {
   return r;
 }
 DEVICE void decode4_spread(u32 codes, u32 lane4, u32 *a) {
-  a[0] = look_up(__byte_perm(codes, lane4, 0x5504));
-  a[1] = look_up(__byte_perm(codes, lane4, 0x5514));
-  a[2] = look_up(__byte_perm(codes, lane4, 0x5524));
-  a[3] = look_up(__byte_perm(codes, lane4, 0x5534));
+  a[0] = look_up(__byte_perm(codes, lane4, 0x7604));
+  a[1] = look_up(__byte_perm(codes, lane4, 0x7614));
+  a[2] = look_up(__byte_perm(codes, lane4, 0x7624));
+  a[3] = look_up(__byte_perm(codes, lane4, 0x7634));
+}
+
+// The same without the table, for look-ups that shared memory has no time for: 16 bytes hold one half of the bits of all
+// values, byte permutes pick eight of the first and eight of the last codes, and a code's highest bit chooses.
+DEVICE constexpr u32 value_bits(int code) {
+  const u32 f = __builtin_bit_cast(u32, nf4_value(code) * TABLE_GAIN), sign = f >> 31 << 15;
+#if HALF
+  const u32 v = (f & 0x7fffffff) - (112 << 23);
+  return code == 7 ? 0 : sign | (v + 0xfff + (v >> 13 & 1)) >> 13;
+#else
+  const u32 v = f & 0x7fffffff;
+  return code == 7 ? 0 : sign | (v + 0x7fff + (v >> 16 & 1)) >> 16;
+#endif
+}
+DEVICE constexpr u32 value_bytes(int code, int byte) {  // of four codes
+  u32 word = 0;
+  for (int i = 0; i < 4; i++) word |= (value_bits(code + i) >> 8 * byte & 255) << 8 * i;
+  return word;
+}
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {  // __byte_perm drops the selector's sign bits
+  u32 r;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
+DEVICE void decode4_arithmetic(u32 codes, u32 *a) {
+  constexpr u32 low[4] = {value_bytes(0, 0), value_bytes(4, 0), value_bytes(8, 0), value_bytes(12, 0)};
+  constexpr u32 high[4] = {value_bytes(0, 1), value_bytes(4, 1), value_bytes(8, 1), value_bytes(12, 1)};
+  const u32 selectors = codes & 0x77777777, shifted = codes << 4;
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    const u32 s = h ? selectors >> 16 : selectors;
+    const u32 last = permute(shifted, codes, h ? 0xfbea : 0xd9c8);  // 255 for codes of 8 and more
+    const u32 l = permute(low[0], low[1], s) & ~last | permute(low[2], low[3], s) & last;
+    const u32 u = permute(high[0], high[1], s) & ~last | permute(high[2], high[3], s) & last;
+    a[2 * h] = permute(l, u, 0x4051), a[2 * h + 1] = permute(l, u, 0x6273);
+  }
 }
 
 // ---- tensor cores: c[16 x 8] += a[16 x 16] b[16 x 8]
@@ -201,14 +229,20 @@ DEVICE void store_cluster16(u32 local, u32 rank, float4 v) {
 
 DEVICE float4 add4(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 
-// Four output rows of one token: y = v * gain (+ bias).
-DEVICE void store_y4(u16 *y, const u16 *bias, float gain, int n, int token, int row, float4 v) {
+// Four output rows of one token: y = v * gain (+ bias); then, with an epilogue [2][n], factor * y + shift.
+DEVICE void store_y4(u16 *y, const u16 *bias, float gain, int n, int token, int row, float4 v,
+                     const float *epilogue = nullptr) {
   u16 *to = y + (size_t)token * n + row;
   v = make_float4(v.x * gain, v.y * gain, v.z * gain, v.w * gain);
   if (bias) {
 #pragma unroll
     for (int j = 0; j < 4; j++)
       if (row + j < n) (&v.x)[j] += unpack2(bias[row + j]).x;
+  }
+  if (epilogue) {
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+      if (row + j < n) (&v.x)[j] = epilogue[row + j] * (&v.x)[j] + epilogue[n + row + j];
   }
   u32 low = pack2(v.x, v.y), high = pack2(v.z, v.w);
   if (row + 3 < n && (n & 3) == 0) {

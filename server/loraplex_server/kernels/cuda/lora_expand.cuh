@@ -6,7 +6,7 @@
 template <int TILES, int TT, typename Wait>
 DEVICE void lora_expand_part(float (*acc)[TT][4], const LoraArgs &args, const LoraBatch *batch, const int *own, int row,
                              int part, int n, float scale, int share, int shares, Wait &wait) {
-  constexpr int BATCH = TILES * TT >= 8 || TILES >= 4 ? 2 : 4;  // adapters whose B is in flight together
+  constexpr int BATCH = TILES >= 4 ? 2 : TILES == 2 ? 4 : 8;  // adapters whose B is in flight together
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, num_adapters = batch->num_adapters;
   const int in_part = row - (part == 0 ? 0 : args.part_start[part - 1]);
   int largest = lane < num_adapters ? batch->entry[lane].rank[part] : 0;
@@ -14,7 +14,6 @@ DEVICE void lora_expand_part(float (*acc)[TT][4], const LoraArgs &args, const Lo
   largest = __reduce_max_sync(~0u, largest);
 #pragma unroll 1
   for (int k = 0; k < largest; k += 16) {
-    float4 v[TT];
 #pragma unroll 1
     for (int d0 = share; d0 < num_adapters; d0 += shares * BATCH) {
       uint2 low[BATCH][TILES], high[BATCH][TILES];
@@ -26,38 +25,36 @@ DEVICE void lora_expand_part(float (*acc)[TT][4], const LoraArgs &args, const Lo
         for (int r = 0; r < TILES; r++) {
           const bool on = k + t * 4 < rank;
           low[j][r] = high[j][r] = make_uint2(0, 0);
-          if (on && row + r * 16 + g < n) low[j][r] = *(const uint2 *)(b + r * 16 * rank);
-          if (on && row + r * 16 + g + 8 < n) high[j][r] = *(const uint2 *)(b + (r * 16 + 8) * rank);
+          if (on && row + r * 16 + g < n) low[j][r] = load_stream8(b + r * 16 * rank);
+          if (on && row + r * 16 + g + 8 < n) high[j][r] = load_stream8(b + (r * 16 + 8) * rank);
         }
       }
+      __syncwarp();  // keeps the loads together, before the branches on who needs them
       wait();
-      if (d0 == share) {
-        const int stride = batch->v_stride, slices = batch->slices;
+      const int stride = batch->v_stride;
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) {
+        const int d = d0 + j * shares;
+        if (d >= num_adapters) continue;
+        const LoraEntry &entry = batch->entry[d];
+        if (k >= entry.rank[part]) continue;
+        const int at = entry.v_at[part] + k + t * 4;
 #pragma unroll
         for (int i = 0; i < TT; i++) {
-          v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-          if (own[i] < 0 || own[i] % shares != share) continue;
-          const LoraEntry &entry = batch->entry[own[i]];
-          if (k + t * 4 >= entry.rank[part]) continue;
-          const int token = i * 8 + g, at = entry.v_at[part] + k + t * 4;
-          v[i] = stride ? *(const float4 *)(batch->collected + token * stride + at - entry.v_at[batch->first_part])
-                        : lora_sum<1>(args, slices, token, at);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < TT; i++) {
-        const u32 h0 = pack2(v[i].x, v[i].y), h1 = pack2(v[i].z, v[i].w);
-        const float2 f0 = unpack2(h0), f1 = unpack2(h1);
-        const u32 l0 = pack2(v[i].x - f0.x, v[i].y - f0.y), l1 = pack2(v[i].z - f1.x, v[i].w - f1.y);
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          const bool mine = own[i] == d0 + j * shares;
+          const bool mine = own[i] == d && k + t * 4 < entry.rank[part];
           if (!__any_sync(~0u, mine)) continue;
+          float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (mine)
+            v = stride ? *(const float4 *)(batch->collected + (i * 8 + g) * stride + at - entry.v_at[batch->first_part])
+                       : lora_sum<1>(args, batch->slices, i * 8 + g, at);
+          const u32 h0 = pack2(v.x, v.y), h1 = pack2(v.z, v.w);
+          const float2 f0 = unpack2(h0), f1 = unpack2(h1);
+          const u32 l0 = pack2(v.x - f0.x, v.y - f0.y), l1 = pack2(v.z - f1.x, v.w - f1.y);
 #pragma unroll
           for (int r = 0; r < TILES; r++) {
             float c[4] = {0.f, 0.f, 0.f, 0.f};
-            mma16816(c, low[j][r].x, high[j][r].x, low[j][r].y, high[j][r].y, mine ? h0 : 0, mine ? h1 : 0);
-            mma16816(c, low[j][r].x, high[j][r].x, low[j][r].y, high[j][r].y, mine ? l0 : 0, mine ? l1 : 0);
+            mma16816(c, low[j][r].x, high[j][r].x, low[j][r].y, high[j][r].y, h0, h1);
+            mma16816(c, low[j][r].x, high[j][r].x, low[j][r].y, high[j][r].y, l0, l1);
 #pragma unroll
             for (int e = 0; e < 4; e++) acc[r][i][e] += scale * c[e];
           }

@@ -1,5 +1,5 @@
-// What LoRA's warps share: the tables that say which adapters a batch uses and where they lie, how a CTA holds them in
-// shared memory, and how its warps and the CTAs of a grid meet.
+// The tables that say which adapters a batch uses and where they lie, and how a CTA of the GEMM holds them and v in
+// shared memory.
 #pragma once
 #include "common.cuh"
 
@@ -8,28 +8,33 @@
 #endif
 
 // Where one adapter's factors for one linear group lie: stacked A [rank, K] at `offset` elements of the arena, then each
-// present part's B [rows of the part, rank of the part], all row-major.
+// present part's B [rows of the part, rank of the part], all row-major. `epilogue`: where float32 factor [n] and shift [n]
+// of the finished output lie, in elements of the arena; 0 for none.
 struct LoraRow {
-  long long offset, rank, part_rank[3], pad[3];
+  long long offset, rank, part_rank[3], epilogue, pad[2];
 };
 
 struct LoraArgs {
   const u16 *arena;
-  const LoraRow *table;  // of this layer and group, for slot 0
+  const LoraRow *table;   // of this layer and group
   long long slot_stride;  // bytes
   const int *slots;   // [num_groups]: the distinct adapters of the batch, then -1
   const int *starts;  // [num_groups + 1]: adapter d has rows order[starts[d]] to order[starts[d + 1] - 1]
   const int *order;
-  float *v;    // [slice of k][64][v_stride]
-  u32 *state;  // [0] items done, [1] CTAs gone; both zero between launches
+  float *v;                // [slice of k][64][v_stride]: parts of A x
+  const float *row_scale;  // [64]: factor of each row's v; null: 1
   int num_groups, v_stride;
-  int workers;  // the first CTAs of the grid, surely resident at once: they alone shrink, so that waiting for them ends
+  int slices;         // of k, whose parts add up to v
+  u32 *state;         // of a GEMM that shrinks itself: items done, CTAs gone; zero between launches
+  int workers;        // the first CTAs of its grid, surely resident at once: they alone shrink, so that waiting ends
+  int by_slot;        // 1: adapter d is in the table's row slots[d]; 0: in row d, found without waiting for slots
   int part_start[2];  // first output row of the second and the third part; N where there is none
 };
 
 // The same as the epilogue wants it, in shared memory.
 struct LoraEntry {
   const u16 *b[3];
+  const float *epilogue;  // or null
   int rank[3], v_at[3];
 };
 struct LoraBatch {
@@ -41,8 +46,6 @@ struct LoraBatch {
   LoraEntry entry[64];
   float collected[LORA_V];  // v of the CTA's parts, summed over the slices
 };
-
-constexpr int MAX_SLICES = 16;
 
 // Loads that stay behind the wait for their writer.
 DEVICE uint4 load_x16(const u16 *p) {
@@ -72,11 +75,13 @@ template <int ID, int THREADS> DEVICE void named_sync() {
   asm volatile("bar.sync %0,%1;" ::"n"(ID), "n"(THREADS) : "memory");
 }
 
-DEVICE const LoraRow *lora_row(const LoraArgs &args, int slot) {
-  return (const LoraRow *)((const u8 *)args.table + slot * args.slot_stride);
+// Where adapter d of the batch, in `slot`, lies.
+DEVICE const LoraRow *lora_row(const LoraArgs &args, int d, int slot) {
+  const int at = args.by_slot ? max(slot, 0) : min(d, args.num_groups - 1);
+  return (const LoraRow *)((const u8 *)args.table + at * args.slot_stride);
 }
 
-template <int WARPS> DEVICE void sync_shrinking() {
+template <int WARPS> DEVICE void sync_lora() {
   __syncwarp();
   if (WARPS > 1)
     named_sync<2, WARPS * 32>();
@@ -98,8 +103,9 @@ DEVICE void lora_prepare(const LoraArgs &args, LoraBatch *batch, int k, int thre
     if (d == 0 && slot < 0) batch->num_adapters = 0;
     if (slot < 0) continue;
     for (int i = args.starts[d]; i < args.starts[d + 1]; i++) batch->adapter[args.order[i]] = d;
-    const LoraRow found = *lora_row(args, slot);
+    const LoraRow found = *lora_row(args, d, slot);
     const u16 *b = args.arena + found.offset + found.rank * k;
+    batch->entry[d].epilogue = found.epilogue ? (const float *)(args.arena + found.epilogue) : nullptr;
     int v_at = 0;
 #pragma unroll
     for (int part = 0; part < 3; part++) {
@@ -114,10 +120,11 @@ DEVICE void lora_prepare(const LoraArgs &args, LoraBatch *batch, int k, int thre
   }
 }
 
-// Adds the slices of four ranks of v, in order, WIDE loads in flight.
+// Four ranks of a token's v: the slices added in order, WIDE loads in flight.
 template <int WIDE> DEVICE float4 lora_sum(const LoraArgs &args, int slices, int token, int rank) {
   const float *from = args.v + (size_t)token * args.v_stride + rank;
   const size_t copy = (size_t)64 * args.v_stride;
+  const float scale = args.row_scale ? __ldcg(args.row_scale + token) : 1.f;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 1
   for (int s0 = 0; s0 < slices; s0 += WIDE) {
@@ -130,5 +137,5 @@ template <int WIDE> DEVICE float4 lora_sum(const LoraArgs &args, int slices, int
 #pragma unroll
     for (int s = 0; s < WIDE; s++) sum = add4(sum, part[s]);
   }
-  return sum;
+  return make_float4(scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w);
 }

@@ -3,16 +3,16 @@
 //
 // A CTA owns WR * R tiles of 16 rows; its warps split k WK ways, a cluster of CL CTAs splits k again. Partial sums meet
 // in shared memory in a fixed order: results are the same on every run.
-#if CL > 1 && !defined(FIXED_TABLE)
-#define FIXED_TABLE 0
-#endif
 #include "common.cuh"
 
 #ifndef LORA
-#define LORA 0  // warps that each CTA adds to compute LoRA's v = A x
+#define LORA 0  // warps that each CTA adds for LoRA, to make v = A x
 #endif
 #if LORA
-#include "lora.cuh"
+#include "lora_beside.cuh"
+#define EPILOGUE(token) lora_epilogue(batch, token)
+#else
+#define EPILOGUE(token) nullptr
 #endif
 
 #ifndef MT
@@ -76,6 +76,11 @@ DEVICE void sync_multiplying() {
     __syncthreads();
 }
 
+// After everyone's wait for the cluster: a warp that arrives again before another has waited would hold that one for ever.
+DEVICE void sync_all() {
+  asm volatile("bar.sync 5,%0;" ::"n"(NUM_THREADS + LORA * 32) : "memory");
+}
+
 // Shared memory: table | staged x | chunk barriers; the reduction reuses it from the start; cluster parts lie behind.
 extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
     nf4_mma(const u8 *__restrict__ weight, const u16 *__restrict__ x, u16 *__restrict__ y,
@@ -86,7 +91,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
 #endif
     ) {
   extern __shared__ __align__(1024) u8 shared[];
-  check_table(shared);
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const int wr = warp % WR, wk = warp / WR;
   const int rank = blockIdx.x % CL, group = blockIdx.x / CL;
@@ -96,10 +100,11 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
 #if LORA
   LoraBatch *batch = (LoraBatch *)(shared + lora_offset);  // then the shrink's scratch
   if (warp >= WR * WK) {
-    lora_warps<MT, LORA, KB * 64, NUM_THREADS>(lora, x, batch, thread - NUM_THREADS, m, group * ROWS, ROWS, n, blockIdx.x,
-                                               gridDim.x);
+    lora_warps_beside<MT, LORA, KB * 64, NUM_THREADS>(lora, x, batch, thread - NUM_THREADS, m, group * ROWS, ROWS, n,
+                                                      blockIdx.x, gridDim.x);
     if (CL > 1) {
       cluster_wait();
+      sync_all();
       cluster_arrive();
       cluster_wait();
     }
@@ -183,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
   int chunk = 0, k_ready = 0;
 #endif
 
-  const u32 lane4 = lane * 4, table = shared_address(shared);
+  const u32 lane4 = table_lane(shared, lane);
   float acc[R][MT][4];
 #pragma unroll
   for (int r = 0; r < R; r++)
@@ -234,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
 #pragma unroll
       for (int q = 0; q < 4; q++) {
         u32 a[4];
-        decode4(word_at(c4[r], q), lane4, table, a);
+        decode4(word_at(c4[r], q), lane4, a);
 #pragma unroll
         for (int mt = 0; mt < MT; mt++)
           mma16816(c[mt], a[0], a[1], a[2], a[3], word_at(xb[mt][q >> 1], (2 * q) & 3),
@@ -265,7 +270,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
   // Reduction over the warps along k: [k][token][row].
   float *sums = (float *)shared;
   if (CL > 1) cluster_wait();
-  sync_multiplying();
+  if (CL > 1)
+    sync_all();
+  else
+    sync_multiplying();
 #pragma unroll
   for (int r = 0; r < R; r++)
 #pragma unroll
@@ -286,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
     if (CL > 1)
       store_cluster16(shared_address(receive + (rank * MT * 8 + token) * OWN + quad % OWN), quad / OWN, v);
     else
-      store_y4(y, bias, gain, n, token, first_row + quad * 4, v);
+      store_y4(y, bias, gain, n, token, first_row + quad * 4, v, EPILOGUE(token));
   }
   if (CL > 1) {
     cluster_arrive();
@@ -296,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + LORA * 32, 1)
       float4 v = receive[token * OWN + quad];
 #pragma unroll
       for (int c = 1; c < CL; c++) v = add4(v, receive[(c * MT * 8 + token) * OWN + quad]);
-      store_y4(y, bias, gain, n, token, first_row + (rank * OWN + quad) * 4, v);
+      store_y4(y, bias, gain, n, token, first_row + (rank * OWN + quad) * 4, v, EPILOGUE(token));
     }
   }
 }

@@ -8,6 +8,14 @@
 #define TYPES "bf16.bf16"
 #endif
 
+// Rows of 128 bytes in the 128-byte swizzle, groups of 8 rows 1,024 bytes apart; `at`: DESCRIPTOR_LOW + the address / 16.
+constexpr u32 DESCRIPTOR_LOW = 1 << 16;
+DEVICE u64 matrix_descriptor(u32 at) {
+  u64 d;
+  asm("mov.b64 %0,{%1,%2};" : "=l"(d) : "r"(at), "n"(1 << 30 | 1024 >> 4));
+  return d;
+}
+
 #if MT == 2
 DEVICE void wgmma(float (*c)[4], const u32 *a, u64 b, int accumulate) {
   asm volatile(

@@ -1,0 +1,422 @@
+// y[M, N] = x[M, K] @ dequantized(W)[N, K]^T for up to 64 rows M on Hopper, through wgmma: decoded weights are the A
+// operand in registers, x is the B operand in shared memory.
+//
+// A CTA owns WR blocks of 64 rows; WK warpgroups split its k range, SPLIT CTAs split k through a workspace. Two CTAs of a
+// cluster may own SHARE of their blocks together, each half of k, so that work divides more evenly. One more warpgroup
+// keeps a ring of STAGES stages filled, each XC k blocks of weights and of x, by bulk copies: nothing in the main loop
+// waits for all warps. The grid must fit the device in one wave where SPLIT > 1: the CTAs of a split wait for each other.
+// Sums are taken in a fixed order.
+#include "common.cuh"
+#ifndef MT
+#define MT 4  // tiles of 8 tokens: 2, 3, 4, 6 or 8
+#endif
+#include "wgmma.cuh"
+
+#ifndef LORA
+#define LORA 0  // 3: the copying warpgroup's other warps collect v = A x
+#endif
+#if LORA
+#include "lora.cuh"
+#define EPILOGUE(token) lora_epilogue(batch, token)
+#else
+#define EPILOGUE(token) nullptr
+#endif
+
+#ifndef KB
+#define KB 64  // k blocks of 64
+#endif
+#ifndef SPLIT
+#define SPLIT 1  // CTAs along k
+#endif
+#ifndef SHARE
+#define SHARE 0  // row blocks that two CTAs of a cluster share, WR at most; 0: no cluster
+#endif
+#ifndef WR
+#define WR 4  // warpgroups along rows
+#endif
+#ifndef WK
+#define WK 1  // warpgroups along k
+#endif
+#ifndef XC
+#define XC 4  // k blocks of a stage; a multiple of WK
+#endif
+#ifndef STAGES
+#define STAGES 4
+#endif
+#ifndef AB
+#define AB 1  // sets of decoded fragments a warpgroup holds; 1 leaves the overlap to the other warpgroups
+#endif
+#ifndef TURNS
+#define TURNS 1  // 1: warpgroups issue their products in turn, so that one multiplies while the others decode
+#endif
+#ifndef AW
+#define AW 0  // words of a lane's four whose codes are decoded by arithmetic, not by the table
+#endif
+
+constexpr int NUM_THREADS = WR * WK * 128;  // that multiply
+constexpr int ROWS = WR * 64;               // of one CTA
+constexpr bool PAIR = SHARE > 0, HALF_K = SHARE == WR, UNEVEN = PAIR && !HALF_K;
+constexpr int OWN = WR - SHARE;  // row blocks that are not shared
+constexpr int PARTS = SPLIT * (HALF_K ? 2 : 1);
+constexpr int KBC = (KB + PARTS - 1) / PARTS;  // k blocks of one CTA
+constexpr int CU = XC / WK;                    // units of one warpgroup in a stage
+constexpr int X_BYTES = XC * MT * 1024, STAGE_BYTES = (X_BYTES + WR * XC * UNIT_BYTES + 1023) / 1024 * 1024;
+constexpr int RING_AT = TABLE_BYTES, BARRIERS_AT = RING_AT + STAGES * STAGE_BYTES;
+constexpr int RECEIVE_AT = BARRIERS_AT + STAGES * 16 + 16;  // behind one more barrier
+constexpr int SUM_STRIDE = ROWS + 4;
+constexpr bool EVEN = KB % PARTS == 0 && KBC % XC == 0;
+static_assert(XC % WK == 0 && CU % AB == 0, "a stage is divided evenly");
+
+// Registers of a thread once the warpgroup that copies has kept some of its own (of 96, 128 or 168) and given the rest
+// away.
+constexpr int WARPGROUPS = WR * WK, COPY_REGISTERS = LORA ? 64 : 32;
+constexpr int OWN_REGISTERS = WARPGROUPS == 4   ? LORA ? 104 : 112
+                              : WARPGROUPS == 3 ? LORA ? 144 : 160
+                              : WARPGROUPS == 2 ? LORA ? 216 : 232
+                                                : 0;
+constexpr bool TAKE_TURNS = TURNS && WARPGROUPS > 1;
+constexpr int FIRST_TURN = 8;  // named barrier of the first warpgroup
+
+struct __align__(64) TensorMap {
+  u64 opaque[16];
+};
+
+// What one CTA does.
+struct Work {
+  int rank, split, group;  // CTA of the pair, part of k, group of rows
+  int first_k, num_k;      // k blocks
+  int stages, half;        // of the ring; stage at which the pair's shared blocks change hands
+  DEVICE Work() {
+    rank = PAIR ? blockIdx.x % 2 : 0;
+    const int unit = PAIR ? blockIdx.x / 2 : blockIdx.x;
+    split = unit % SPLIT, group = unit / SPLIT;
+    first_k = (HALF_K ? split * 2 + rank : split) * KBC;
+    num_k = PARTS == 1 ? KB : min(KBC, KB - first_k);
+    stages = EVEN ? KBC / XC : (num_k + XC - 1) / XC;
+    half = stages / 2;
+  }
+  DEVICE int first_block() const { return group * (PAIR ? OWN + WR : WR); }
+  // The r-th row block of this CTA among those of the pair: own ones of rank 0, own ones of rank 1, shared ones.
+  DEVICE int block(int r) const { return first_block() + r + (PAIR && (rank || r >= OWN) ? OWN : 0); }
+  DEVICE int first_row() const { return (first_block() + rank * OWN) * 64; }
+  DEVICE int all_rows() const { return (PAIR ? OWN + WR : WR) * 64; }                 // of this CTA or its pair
+  DEVICE int rows() const { return PAIR && rank == 0 ? OWN * 64 : ROWS; }  // that this CTA writes
+  DEVICE bool has(int r, int stage) const { return !UNEVEN || r < OWN || (stage >= half) == (rank == 1); }
+};
+
+DEVICE void copy_x(u32 to, const TensorMap *map, int k, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0],[%1,{%2,%2,%3}],[%4];" ::"r"(to),
+      "l"(map), "r"(0), "r"(k), "r"(bar)
+      : "memory");
+}
+// 16 bytes to the same place in the pair's second CTA, counted by its barrier.
+DEVICE void send(u32 to, u32 bar, float4 v) {
+  asm volatile(
+      "{.reg .b32 p,q; mapa.shared::cluster.u32 p,%0,1; mapa.shared::cluster.u32 q,%1,1; "
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [p],{%2,%3,%4,%5},[q];}" ::"r"(to),
+      "r"(bar), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+// A value that the compiler keeps rather than computing it again.
+DEVICE u32 opaque(u32 v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+DEVICE void sync_started() {  // table and barriers are ready; the pair's other CTA learns it
+  __syncthreads();
+  if (PAIR) cluster_arrive_relaxed();
+}
+DEVICE void sync_multiplying() { asm volatile("bar.sync 1,%0;" ::"n"(NUM_THREADS) : "memory"); }
+
+// Waits until all SPLIT CTAs of a group have arrived; the counter is zero again after the last has left.
+DEVICE void split_arrive_and_wait(u32 *counter) {
+  u32 seen;
+  asm volatile("red.release.gpu.global.add.u32 [%0],1;" ::"l"(counter) : "memory");
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0,[%1];" : "=r"(seen) : "l"(counter) : "memory");
+  } while (seen < SPLIT);
+}
+DEVICE void split_leave(u32 *counter) {
+  u32 before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0,[%1],1;" : "=r"(before) : "l"(counter) : "memory");
+  if (before == 2 * SPLIT - 1) asm volatile("st.relaxed.gpu.global.u32 [%0],0;" ::"l"(counter) : "memory");
+}
+
+// Fills the ring: each stage holds x, then of each row block its k blocks' units. One warp runs this: lane r copies row
+// block r, lane 0 also x.
+DEVICE void fill_ring(const Work &work, const u8 *weight, const TensorMap *x_map, u32 ring, u32 full, u32 empty,
+                      int m, int num_blocks, int lane) {
+  const u8 *from = weight + ((size_t)min(work.block(min(lane, WR - 1)), num_blocks - 1) * KB + work.first_k) * UNIT_BYTES;
+  auto copy_weights = [&](int stage, int slot) {
+    const int bytes = (EVEN ? XC : min(XC, work.num_k - stage * XC)) * UNIT_BYTES;
+    const int blocks = UNEVEN && !work.has(OWN, stage) ? OWN : WR;
+    if (lane == 0) barrier_expect(full + slot * 8, X_BYTES + blocks * bytes);
+    __syncwarp();
+    if (lane < blocks)
+      bulk_copy(ring + slot * STAGE_BYTES + X_BYTES + lane * (XC * UNIT_BYTES), from, bytes, full + slot * 8);
+    from += XC * UNIT_BYTES;
+  };
+  auto copy_stage_x = [&](int stage, int slot) {
+    if (lane == 0) copy_x(ring + slot * STAGE_BYTES, x_map, work.first_k + stage * XC, full + slot * 8);
+  };
+  if (lane == 0) {
+    for (int i = 0; i < STAGES; i++) barrier_init(full + i * 8, 1), barrier_init(empty + i * 8, NUM_THREADS / 32);
+    if (PAIR) barrier_init(empty + STAGES * 8, 1);
+    barrier_init_done();
+    if (PAIR && work.rank == 1) barrier_expect(empty + STAGES * 8, m * SHARE * 256);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncwarp();
+  // The stream of weights starts before anything else: it depends on no other launch.
+  const int first = min(work.stages, STAGES);
+#pragma unroll 1
+  for (int stage = 0; stage < first; stage++) copy_weights(stage, stage);
+  sync_started();
+  wait_previous_launch();
+#pragma unroll 1
+  for (int stage = 0; stage < first; stage++) copy_stage_x(stage, stage);
+  int slot = 0, parity = 0;
+#pragma unroll 1
+  for (int stage = STAGES; stage < work.stages; stage++) {
+    barrier_wait(empty + slot * 8, parity);
+    copy_weights(stage, slot);
+    copy_stage_x(stage, slot);
+    if (++slot == STAGES) slot = 0, parity ^= 1;
+  }
+  __syncwarp();
+}
+
+// Shared memory: table | ring | barriers | what the pair's other CTA sends; the reduction reuses it from the start.
+extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
+    nf4_ring(const u8 *__restrict__ weight, const __grid_constant__ TensorMap x_map, u16 *__restrict__ y,
+             const u16 *__restrict__ bias, int m, int n, int num_blocks, float gain, float4 *workspace, u32 *counters
+#if LORA
+             ,
+             const __grid_constant__ LoraArgs lora, int lora_offset
+#endif
+    ) {
+  extern __shared__ __align__(1024) u8 shared[];
+  const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
+  const int warp = __shfl_sync(~0u, thread >> 5, 0);  // uniform, so that addresses of tiles stay in uniform registers
+  const u32 ring = shared_address(shared) + RING_AT, full = shared_address(shared) + BARRIERS_AT, empty = full + STAGES * 8;
+  const Work work;
+#if LORA
+  LoraBatch *batch = (LoraBatch *)(shared + lora_offset);
+#endif
+  allow_next_launch();
+
+  if (warp >= NUM_THREADS / 32) {
+    if (OWN_REGISTERS) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+    if (warp == NUM_THREADS / 32)
+      fill_ring(work, weight, &x_map, ring, full, empty, m, num_blocks, lane);
+    else
+      sync_started();
+#if LORA
+    if (warp > NUM_THREADS / 32)
+      lora_warps<LORA, KB * 64, NUM_THREADS>(lora, batch, thread - NUM_THREADS - 32, m, work.first_block() * 64,
+                                             work.all_rows(), n);
+#endif
+    if (PAIR) cluster_wait();
+    return;
+  }
+  if (OWN_REGISTERS) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS ? OWN_REGISTERS : 24));
+  fill_table(shared, thread, NUM_THREADS);
+  sync_started();
+  wait_previous_launch();
+
+  const int w4 = warp & 3, wr = (warp >> 2) % WR, wk = (warp >> 2) / WR;
+  const u32 lane4 = opaque(table_lane(shared, lane));
+  u32 codes_at = opaque(ring + X_BYTES + (wr * XC + wk) * UNIT_BYTES + w4 * 512 + lane * 16);
+  u32 scales_at = opaque(ring + X_BYTES + (wr * XC + wk) * UNIT_BYTES + UNIT_CODES + g * 16 + w4 * 4);
+  // Of a matrix descriptor, the half that changes: the address, without the CTA's rank.
+  const u32 x_at = DESCRIPTOR_LOW + (((ring & 0x3ffff) + wk * (MT * 1024)) >> 4);
+
+  uint4 codes;
+  u32 scales, next_scales;
+  u32 a[AB][16];
+  float c[MT][4], acc[MT][4];
+#pragma unroll
+  for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) acc[mt][j] = 0.f;
+
+  auto fetch = [&](int u) {  // unit u of the stage that codes_at points to
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3},[%4];"
+                 : "=r"(codes.x), "=r"(codes.y), "=r"(codes.z), "=r"(codes.w)
+                 : "r"(codes_at + u * (WK * UNIT_BYTES))
+                 : "memory");
+    asm volatile("ld.shared.b32 %0,[%1];" : "=r"(next_scales) : "r"(scales_at + u * (WK * UNIT_BYTES)) : "memory");
+  };
+  auto decode = [&](u32 *to) {
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+      if (s < 4 - AW)
+        decode4_spread(word_at(codes, s), lane4, to + 4 * s);
+      else
+        decode4_arithmetic(word_at(codes, s), to + 4 * s);
+  };
+  // Strict rotation: warpgroup i waits for i - 1, and the first for the last one's turn before.
+  const int warpgroup = warp >> 2, turns = EVEN ? KBC / WK : (work.num_k + WK - 1) / WK;
+  int turn = 0;
+  auto await_turn = [&]() {
+    if (TAKE_TURNS && (warpgroup > 0 || turn > 0)) asm volatile("bar.sync %0,256;" ::"r"(FIRST_TURN + warpgroup) : "memory");
+  };
+  auto pass_turn = [&]() {
+    const bool last = warpgroup == WARPGROUPS - 1;
+    if (TAKE_TURNS && (!last || turn < turns - 1))
+      asm volatile("bar.arrive %0,256;" ::"r"(last ? FIRST_TURN : FIRST_TURN + 1 + warpgroup) : "memory");
+    turn++;
+  };
+  auto skip_turns = [&](int count) {
+#pragma unroll 1
+    for (int i = 0; TAKE_TURNS && i < count && turn < turns; i++) {
+      await_turn();
+      pass_turn();
+    }
+  };
+  auto multiply = [&](u32 x, const u32 *from) {
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++)
+#pragma unroll
+      for (int j = 0; j < 4; j++) asm volatile("" : "=f"(c[mt][j]));
+    await_turn();
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int s = 0; s < 4; s++) wgmma(c, from + 4 * s, matrix_descriptor(x + s * 2), s > 0);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    pass_turn();
+  };
+  auto finish = [&]() {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    const float2 f = half2_to_float2(scales);
+#pragma unroll
+    for (int mt = 0; mt < MT; mt++) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) asm volatile("" : "+f"(c[mt][j])::"memory");
+      acc[mt][0] += f.x * c[mt][0], acc[mt][1] += f.x * c[mt][1];
+      acc[mt][2] += f.y * c[mt][2], acc[mt][3] += f.y * c[mt][3];
+    }
+  };
+  int slot = 0;
+  u32 parity = 0, stage_at = 0;  // of the stage to fetch from
+  auto release = [&](int of) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty + of * 8);
+  };
+  auto next_stage = [&]() {
+    slot++, stage_at += STAGE_BYTES, codes_at += STAGE_BYTES, scales_at += STAGE_BYTES;
+    if (slot == STAGES) {
+      slot = 0, parity ^= 1, stage_at = 0;
+      codes_at -= STAGES * STAGE_BYTES, scales_at -= STAGES * STAGE_BYTES;
+    }
+    barrier_wait(full + slot * 8, parity);
+  };
+  auto pass = [&](int stages) {  // stages of which this warpgroup has no part
+#pragma unroll 1
+    for (int i = 0; i < stages; i++) {
+      skip_turns(CU);
+      release(slot);
+      next_stage();
+    }
+  };
+
+  // Units of this warpgroup, unknown to the compiler: branches between units keep it from hoisting until registers spill.
+  const bool shares = UNEVEN && wr >= OWN;
+  int units = EVEN ? KBC / WK : (work.num_k - wk + WK - 1) / WK;
+  if (shares) units = work.rank == 0 ? work.half * CU : units - work.half * CU;
+  asm volatile("mov.u32 %0,%0;" : "+r"(units));
+  barrier_wait(full, 0);
+  if (shares && work.rank == 1) pass(work.half);
+  if (units > 0) {
+    fetch(0);
+    if (AB == 2) decode(a[0]);
+  }
+#pragma unroll 1
+  for (int first = 0; first < units; first += CU) {
+    const int this_slot = slot;
+    const u32 x = x_at + stage_at / 16;
+#pragma unroll
+    for (int u = 0; u < CU; u++) {
+      if (u > 0 && first + u >= units) break;
+      if (AB == 1) decode(a[0]);
+      scales = next_scales;
+      multiply(x + u * (WK * MT * 64), a[u % AB]);
+      if (first + u + 1 < units) {
+        if (u + 1 == CU) next_stage();
+        fetch((u + 1) % CU);
+        if (AB == 2) decode(a[(u + 1) % AB]);
+      }
+      finish();
+      if (u + 1 == CU) release(this_slot);
+    }
+  }
+  if (shares && work.rank == 0)
+#pragma unroll 1
+    for (int stage = work.half; stage < work.stages; stage++) {
+      next_stage();
+      skip_turns(CU);
+      release(slot);
+    }
+  skip_turns(1);
+
+#if LORA
+  named_sync<LORA_PREPARED, NUM_THREADS + LORA * 32>();
+  const bool both = PAIR && wr >= OWN;  // CTAs of the pair hold parts of these sums
+  lora_expand<1, MT>(&acc, lora, batch, work.block(wr) * 64 + w4 * 16, n, 1.f / gain,
+                     (both ? work.split * 2 + work.rank : work.split) * WK + wk, SPLIT * WK * (both ? 2 : 1),
+                     named_sync<LORA_COLLECTED, NUM_THREADS + LORA * 32>);
+#endif
+  // Reduction over the warpgroups along k, [k][token][row], then over the pair, then over the split.
+  float *sums = (float *)shared;
+  if (PAIR) cluster_wait();
+  sync_multiplying();
+#pragma unroll
+  for (int mt = 0; mt < MT; mt++) {
+    float *to = sums + (wk * MT * 8 + mt * 8 + 2 * t) * SUM_STRIDE + wr * 64 + w4 * 16 + g;
+    to[0] = acc[mt][0], to[SUM_STRIDE] = acc[mt][1], to[8] = acc[mt][2], to[SUM_STRIDE + 8] = acc[mt][3];
+  }
+  sync_multiplying();
+  constexpr int QUADS = ROWS / 4, SHARED_QUADS = PAIR ? SHARE * 16 : 1;
+  const int own_quads = work.rows() / 4;
+  auto sum = [&](int token, int quad) {
+    float4 v = *(const float4 *)(sums + token * SUM_STRIDE + quad * 4);
+#pragma unroll
+    for (int k = 1; k < WK; k++) v = add4(v, *(const float4 *)(sums + (k * MT * 8 + token) * SUM_STRIDE + quad * 4));
+    return v;
+  };
+  const float4 *received = (const float4 *)(shared + RECEIVE_AT);
+  if (PAIR && work.rank == 0)
+    for (int i = thread; i < m * SHARED_QUADS; i += NUM_THREADS)
+      send(shared_address(received + i), empty + STAGES * 8, sum(i / SHARED_QUADS, OWN * 16 + i % SHARED_QUADS));
+  if (PAIR && work.rank == 1) barrier_wait(empty + STAGES * 8, 0);
+  const int group = PAIR ? work.group * 2 + work.rank : work.group;
+  float4 *parts = workspace + (size_t)group * SPLIT * MT * 8 * QUADS, *own = parts + work.split * MT * 8 * QUADS;
+  for (int i = thread; i < m * QUADS; i += NUM_THREADS) {
+    const int token = i / QUADS, quad = i % QUADS;
+    if (PAIR && quad >= own_quads) continue;
+    float4 v = sum(token, quad);
+    if (PAIR && quad >= OWN * 16) v = add4(received[token * SHARED_QUADS + quad - OWN * 16], v);
+    if (SPLIT > 1)
+      __stcg(own + i, v);
+    else
+      store_y4(y, bias, gain, n, token, work.first_row() + quad * 4, v, EPILOGUE(token));
+  }
+  if (SPLIT > 1 && own_quads > 0) {
+    u32 *counter = counters + group * 8;
+    sync_multiplying();
+    if (thread == 0) split_arrive_and_wait(counter);
+    sync_multiplying();
+    for (int i = work.split * NUM_THREADS + thread; i < m * QUADS; i += SPLIT * NUM_THREADS) {
+      if (PAIR && i % QUADS >= own_quads) continue;
+      float4 v[SPLIT];
+#pragma unroll
+      for (int k = 0; k < SPLIT; k++) v[k] = __ldcg(parts + (size_t)k * MT * 8 * QUADS + i);
+#pragma unroll
+      for (int k = 1; k < SPLIT; k++) v[0] = add4(v[0], v[k]);
+      store_y4(y, bias, gain, n, i / QUADS, work.first_row() + i % QUADS * 4, v[0],
+               EPILOGUE(i / QUADS));
+    }
+    if (thread == 0) split_leave(counter);
+  }
+}
