@@ -195,7 +195,7 @@ def _literals(node: ast.expr) -> set[str]:
 
 def _table_codes(package: Path) -> set[str]:
     """The codes that stand in tables: of config keys, and of tensor names."""
-    from loraplex_adapters.lora_config import _FEATURES
+    from loraplex_adapters.unserved import _FEATURES
 
     loops = [
         node for node in ast.walk(ast.parse((package / "tensor_names.py").read_text())) if isinstance(node, ast.For)
