@@ -132,10 +132,10 @@ def candidates(n: int, k: int, m: int, num_sms: int) -> Iterator[Config]:
     if m <= 8:
         return
     warpgroups = ((4, 1), (3, 1), (2, 2), (1, 4), (1, 3), (2, 1), (1, 2))
-    for (wr, wk), split, xc, ab in itertools.product(warpgroups, (1, 2, 3, 4), (2, 3, 4, 6, 8), (1, 2)):
-        for share, turns in itertools.product(sorted({0, 1, wr}), (0, 1)):
+    for (wr, wk), split, xc in itertools.product(warpgroups, (1, 2, 3, 4), (2, 3, 4, 6, 8)):
+        for share in sorted({0, 1, wr}):
             for stages in (8, 6, 5, 4, 3, 2):
-                ring = RingConfig(wr=wr, wk=wk, split=split, share=share, xc=xc, stages=stages, ab=ab, turns=turns)
+                ring = RingConfig(wr=wr, wk=wk, split=split, share=share, xc=xc, stages=stages)
                 if ring.valid(rows, row_blocks, k_blocks, num_sms):
                     if 0.7 < ring.grid(row_blocks) / num_sms <= 1 and ring.part_blocks(k_blocks) >= 8:
                         yield ring
@@ -149,7 +149,9 @@ def compile_all(work: Sequence[tuple[Config, int, int]]) -> None:
         config, tiles, k_blocks = item
         defines = {name.upper(): value for name, value in vars(config).items()}
         defines |= {"MT": tiles, "KB": k_blocks, "HALF": 0}
-        nvrtc_build.build("nf4_mma.cu" if isinstance(config, MmaConfig) else "nf4_ring.cu", defines, nvrtc.device_arch(0))
+        nvrtc_build.build(
+            "nf4_mma.cu" if isinstance(config, MmaConfig) else "nf4_ring.cu", defines, nvrtc.device_arch(0)
+        )
 
     nvrtc_build.compiler_version()
     with ThreadPoolExecutor(16) as pool:

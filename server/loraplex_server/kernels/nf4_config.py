@@ -82,9 +82,6 @@ class RingConfig:
     share: int = 0
     xc: int = 4
     stages: int = 4
-    ab: int = 1
-    aw: int = 0
-    turns: int = 0
 
     @property
     def num_clustered(self) -> int:
@@ -133,8 +130,6 @@ class RingConfig:
             and part * (_ceil(k_blocks, part) - 1) < k_blocks
             and _ceil(k_blocks, part) == self.split * (2 if self.share == self.wr else 1)
             and self.xc % self.wk == 0
-            and self.xc // self.wk % self.ab == 0
-            and 0 <= self.aw <= 4
             and (self.share in (0, self.wr) or (self.share < self.wr and part > self.xc))
             and (self.split == 1 or self.grid(row_blocks) <= num_sms)
         )
@@ -225,7 +220,7 @@ def choose(n: int, k: int, m: int, num_sms: int, *, wgmma: bool) -> Config:
 def with_room(config: RingConfig, m: int, k_blocks: int, num_bytes: int) -> RingConfig:
     """The configuration with fewer or smaller stages, so that a CTA has ``num_bytes`` of shared memory to spare."""
     while config.shared_bytes(m, k_blocks) + num_bytes > SHARED_BYTES and (config.stages > 2 or config.xc > config.wk):
-        smaller = {"stages": config.stages - 1} if config.stages > 2 else {"xc": config.wk, "ab": 1}
+        smaller = {"stages": config.stages - 1} if config.stages > 2 else {"xc": config.wk}
         config = replace(config, **smaller)
     return config
 

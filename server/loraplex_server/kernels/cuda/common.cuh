@@ -22,7 +22,7 @@ constexpr int TABLE_BYTES = 65536;  // 256 pairs of values, one copy a bank, eve
 constexpr float TABLE_GAIN = 1.524605f;
 
 // The NF4 value of a code as selects between immediates: a constant array would cost a cold cache miss every launch.
-DEVICE constexpr float nf4_value(int code) {
+DEVICE float nf4_value(int code) {
   float v = -1.0f;
   if (code == 1) v = -0.6961928009986877f;
   if (code == 2) v = -0.5250730514526367f;
@@ -140,42 +140,6 @@ DEVICE void decode4_spread(u32 codes, u32 lane4, u32 *a) {
   a[1] = look_up(__byte_perm(codes, lane4, 0x7614));
   a[2] = look_up(__byte_perm(codes, lane4, 0x7624));
   a[3] = look_up(__byte_perm(codes, lane4, 0x7634));
-}
-
-// The same without the table, for look-ups that shared memory has no time for: 16 bytes hold one half of the bits of all
-// values, byte permutes pick eight of the first and eight of the last codes, and a code's highest bit chooses.
-DEVICE constexpr u32 value_bits(int code) {
-  const u32 f = __builtin_bit_cast(u32, nf4_value(code) * TABLE_GAIN), sign = f >> 31 << 15;
-#if HALF
-  const u32 v = (f & 0x7fffffff) - (112 << 23);
-  return code == 7 ? 0 : sign | (v + 0xfff + (v >> 13 & 1)) >> 13;
-#else
-  const u32 v = f & 0x7fffffff;
-  return code == 7 ? 0 : sign | (v + 0x7fff + (v >> 16 & 1)) >> 16;
-#endif
-}
-DEVICE constexpr u32 value_bytes(int code, int byte) {  // of four codes
-  u32 word = 0;
-  for (int i = 0; i < 4; i++) word |= (value_bits(code + i) >> 8 * byte & 255) << 8 * i;
-  return word;
-}
-DEVICE u32 permute(u32 a, u32 b, u32 selector) {  // __byte_perm drops the selector's sign bits
-  u32 r;
-  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-  return r;
-}
-DEVICE void decode4_arithmetic(u32 codes, u32 *a) {
-  constexpr u32 low[4] = {value_bytes(0, 0), value_bytes(4, 0), value_bytes(8, 0), value_bytes(12, 0)};
-  constexpr u32 high[4] = {value_bytes(0, 1), value_bytes(4, 1), value_bytes(8, 1), value_bytes(12, 1)};
-  const u32 selectors = codes & 0x77777777, shifted = codes << 4;
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    const u32 s = h ? selectors >> 16 : selectors;
-    const u32 last = permute(shifted, codes, h ? 0xfbea : 0xd9c8);  // 255 for codes of 8 and more
-    const u32 l = permute(low[0], low[1], s) & ~last | permute(low[2], low[3], s) & last;
-    const u32 u = permute(high[0], high[1], s) & ~last | permute(high[2], high[3], s) & last;
-    a[2 * h] = permute(l, u, 0x4051), a[2 * h + 1] = permute(l, u, 0x6273);
-  }
 }
 
 // ---- tensor cores: c[16 x 8] += a[16 x 16] b[16 x 8]

@@ -43,15 +43,6 @@
 #ifndef STAGES
 #define STAGES 4
 #endif
-#ifndef AB
-#define AB 1  // sets of decoded fragments a warpgroup holds; 1 leaves the overlap to the other warpgroups
-#endif
-#ifndef TURNS
-#define TURNS 1  // 1: warpgroups issue their products in turn, so that one multiplies while the others decode
-#endif
-#ifndef AW
-#define AW 0  // words of a lane's four whose codes are decoded by arithmetic, not by the table
-#endif
 
 constexpr int NUM_THREADS = WR * WK * 128;  // that multiply
 constexpr int ROWS = WR * 64;               // of one CTA
@@ -65,7 +56,7 @@ constexpr int RING_AT = TABLE_BYTES, BARRIERS_AT = RING_AT + STAGES * STAGE_BYTE
 constexpr int RECEIVE_AT = BARRIERS_AT + STAGES * 16 + 16;  // behind one more barrier
 constexpr int SUM_STRIDE = ROWS + 4;
 constexpr bool EVEN = KB % PARTS == 0 && KBC % XC == 0;
-static_assert(XC % WK == 0 && CU % AB == 0, "a stage is divided evenly");
+static_assert(XC % WK == 0, "a stage is divided evenly");
 
 // Registers of a thread once the warpgroup that copies has kept some of its own (of 96, 128 or 168) and given the rest
 // away.
@@ -74,8 +65,6 @@ constexpr int OWN_REGISTERS = WARPGROUPS == 4   ? LORA ? 104 : 112
                               : WARPGROUPS == 3 ? LORA ? 144 : 160
                               : WARPGROUPS == 2 ? LORA ? 216 : 232
                                                 : 0;
-constexpr bool TAKE_TURNS = TURNS && WARPGROUPS > 1;
-constexpr int FIRST_TURN = 8;  // named barrier of the first warpgroup
 
 struct __align__(64) TensorMap {
   u64 opaque[16];
@@ -234,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
 
   uint4 codes;
   u32 scales, next_scales;
-  u32 a[AB][16];
+  u32 a[16];
   float c[MT][4], acc[MT][4];
 #pragma unroll
   for (int mt = 0; mt < MT; mt++)
@@ -248,44 +237,19 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
                  : "memory");
     asm volatile("ld.shared.b32 %0,[%1];" : "=r"(next_scales) : "r"(scales_at + u * (WK * UNIT_BYTES)) : "memory");
   };
-  auto decode = [&](u32 *to) {
+  auto decode = [&]() {
 #pragma unroll
-    for (int s = 0; s < 4; s++)
-      if (s < 4 - AW)
-        decode4_spread(word_at(codes, s), lane4, to + 4 * s);
-      else
-        decode4_arithmetic(word_at(codes, s), to + 4 * s);
+    for (int s = 0; s < 4; s++) decode4_spread(word_at(codes, s), lane4, a + 4 * s);
   };
-  // Strict rotation: warpgroup i waits for i - 1, and the first for the last one's turn before.
-  const int warpgroup = warp >> 2, turns = EVEN ? KBC / WK : (work.num_k + WK - 1) / WK;
-  int turn = 0;
-  auto await_turn = [&]() {
-    if (TAKE_TURNS && (warpgroup > 0 || turn > 0)) asm volatile("bar.sync %0,256;" ::"r"(FIRST_TURN + warpgroup) : "memory");
-  };
-  auto pass_turn = [&]() {
-    const bool last = warpgroup == WARPGROUPS - 1;
-    if (TAKE_TURNS && (!last || turn < turns - 1))
-      asm volatile("bar.arrive %0,256;" ::"r"(last ? FIRST_TURN : FIRST_TURN + 1 + warpgroup) : "memory");
-    turn++;
-  };
-  auto skip_turns = [&](int count) {
-#pragma unroll 1
-    for (int i = 0; TAKE_TURNS && i < count && turn < turns; i++) {
-      await_turn();
-      pass_turn();
-    }
-  };
-  auto multiply = [&](u32 x, const u32 *from) {
+  auto multiply = [&](u32 x) {
 #pragma unroll
     for (int mt = 0; mt < MT; mt++)
 #pragma unroll
       for (int j = 0; j < 4; j++) asm volatile("" : "=f"(c[mt][j]));
-    await_turn();
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int s = 0; s < 4; s++) wgmma(c, from + 4 * s, matrix_descriptor(x + s * 2), s > 0);
+    for (int s = 0; s < 4; s++) wgmma(c, a + 4 * s, matrix_descriptor(x + s * 2), s > 0);
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    pass_turn();
   };
   auto finish = [&]() {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -315,7 +279,6 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
   auto pass = [&](int stages) {  // stages of which this warpgroup has no part
 #pragma unroll 1
     for (int i = 0; i < stages; i++) {
-      skip_turns(CU);
       release(slot);
       next_stage();
     }
@@ -328,10 +291,7 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
   asm volatile("mov.u32 %0,%0;" : "+r"(units));
   barrier_wait(full, 0);
   if (shares && work.rank == 1) pass(work.half);
-  if (units > 0) {
-    fetch(0);
-    if (AB == 2) decode(a[0]);
-  }
+  if (units > 0) fetch(0);
 #pragma unroll 1
   for (int first = 0; first < units; first += CU) {
     const int this_slot = slot;
@@ -339,13 +299,12 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
 #pragma unroll
     for (int u = 0; u < CU; u++) {
       if (u > 0 && first + u >= units) break;
-      if (AB == 1) decode(a[0]);
+      decode();
       scales = next_scales;
-      multiply(x + u * (WK * MT * 64), a[u % AB]);
+      multiply(x + u * (WK * MT * 64));
       if (first + u + 1 < units) {
         if (u + 1 == CU) next_stage();
         fetch((u + 1) % CU);
-        if (AB == 2) decode(a[(u + 1) % AB]);
       }
       finish();
       if (u + 1 == CU) release(this_slot);
@@ -355,10 +314,8 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
 #pragma unroll 1
     for (int stage = work.half; stage < work.stages; stage++) {
       next_stage();
-      skip_turns(CU);
       release(slot);
     }
-  skip_turns(1);
 
 #if LORA
   named_sync<LORA_PREPARED, NUM_THREADS + LORA * 32>();
