@@ -41,7 +41,9 @@ template <typename T> DEVICE T pick(const T (&of)[2], int d) {
 // The items of CTA `cta` of `num_ctas`: an item is 16 ranks of one adapter x a slice of k, and leaves its part of v in
 // global memory. The work of an item does not depend on the other rows of the batch, so neither does its result.
 // x: x.made(x.load(token, k)) gives the eight values from k on, as they go into the product; it is asked only after the
-// previous launch, which is waited for once the first A is on its way; a CTA without items waits for nothing. scratch: WARPS * TT * 128 floats of shared memory.
+// previous launch, which is waited for once the first A is on its way. CTAs without items wait for nothing, but for the
+// first: a launch of which nobody waits could end before the one in front of it, and the next would not wait for that.
+// scratch: WARPS * TT * 128 floats of shared memory.
 template <int TT, int WARPS, int K, typename X>
 DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int cta, int num_ctas) {
   constexpr int BATCH = 2;                   // steps of 32 k whose loads are in flight together
@@ -120,4 +122,5 @@ DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int ct
       __stcg((float4 *)(args.v + ((size_t)slice * 64 + row) * args.v_stride + rank0 + i % 4 * 4), sum);
     }
   }
+  if (!waited && cta == 0) wait_previous_launch();
 }
