@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraplex_adapters.base import ModuleKey, module_path
 from loraplex_adapters.errors import InvalidAdapter
-from loraplex_adapters.format import AdapterWeights, LoraFactors
+from loraplex_adapters.weights import AdapterWeights, LoraFactors
 
 MAX_PARTS = 64
 # Beyond the wanted rank, and passes over the matrix, of the randomized SVD that approximates a dense update.
@@ -116,6 +116,12 @@ def _check(parts: Sequence[Part], method: CombineMethod, rank: int | None, densi
             "An adapter with DoRA, trained biases, tokens or whole modules, or LoRA on embeddings or head, is no sum of "
             "low-rank updates and cannot be combined.",
             code="combine_beyond_lora",
+        )
+    if not all(part.weights.is_plain for part in parts):
+        raise InvalidAdapter(
+            "Only low-rank updates of the layers' linears add up. One of these adapters also scales outputs (DoRA) or "
+            "holds biases, tokens or whole matrices: serve it alone.",
+            code="combine_not_plain",
         )
     if method is CombineMethod.CONCAT and rank is not None:
         raise InvalidAdapter(

@@ -8,6 +8,7 @@ from loraplex_server.commands.chat import chat
 from loraplex_server.commands.combine import combine
 from loraplex_server.commands.demo import demo
 from loraplex_server.commands.extras import missing_packages, serve_without_server
+from loraplex_server.commands.merge import merge
 from loraplex_server.commands.serve import serve_command
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ else:
     app.command("serve")(serve_command())
 app.command()(demo)
 app.command()(chat)
+app.command()(merge)
 adapters_app.command()(combine)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(bench_app, name="bench")

@@ -68,7 +68,7 @@ def combine(
 
     parts, bases = [], set()
     for spec in adapters:
-        folder, weight = _split(spec)
+        folder, weight = split_weight(spec)
         try:
             layout = read_layout(folder)
             parts.append(Part(read_trusted(folder, layout), weight))
@@ -93,7 +93,7 @@ def combine(
     _report(out, method, made)
 
 
-def _split(spec: str) -> tuple[Path, float]:
+def split_weight(spec: str) -> tuple[Path, float]:
     """FOLDER or FOLDER:WEIGHT; a folder whose own name ends so wins."""
     if not Path(spec).exists() and ":" in spec:
         folder, _, number = spec.rpartition(":")

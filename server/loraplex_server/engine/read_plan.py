@@ -72,7 +72,7 @@ class ReadPlan:
             data.zero_()
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            image = memoryview(data.view(torch.uint8).numpy())
+            image = data.view(torch.uint8).numpy().data
             reading = [threads.submit(_read_batch, descriptor, batch, data, image) for batch in self.batches]
             wait(reading)  # all of them, or one that still runs would read from whatever is opened next
         finally:
@@ -154,7 +154,7 @@ def _read_batch(descriptor: int, batch: Sequence[Read], data: Tensor, image: mem
         if not read.direct:
             num_buffered += -(-(read.end - read.begin) // _BUFFER_ALIGNMENT) * _BUFFER_ALIGNMENT
     buffer = torch.empty(num_buffered, dtype=torch.uint8)
-    buffered = memoryview(buffer.numpy())
+    buffered = buffer.numpy().data
     views = []
     for read, start in zip(batch, starts, strict=True):
         target, at = (image, read.offset * width) if read.direct else (buffered, start)

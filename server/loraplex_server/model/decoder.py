@@ -13,6 +13,7 @@ from loraplex_server.kernels.norm_ref import rms_norm_ref
 from loraplex_server.kernels.rope_ref import rope_ref
 from loraplex_server.model.adapters import GROUPS, AdapterLookup
 from loraplex_server.model.attention import AttentionPlan
+from loraplex_server.model.base_shape import base_shape
 from loraplex_server.model.batch import Batch, Segment
 from loraplex_server.model.kv_cache import KVCache
 from loraplex_server.model.linear import DenseLinear, GroupLinear, add_adapters, num_bytes
@@ -102,18 +103,7 @@ class Decoder:
     @property
     def base_shape(self) -> BaseShape:
         """The base as adapters see it."""
-        spec = self.spec
-        return BaseShape(
-            spec.model_type,
-            spec.num_layers,
-            spec.linears,
-            spec.vocab_size,
-            spec.hidden_size,
-            self.fingerprint,
-            biases=frozenset(linear for linear in spec.linears if spec.has_bias(linear)),
-            qk_norm_size=spec.head_dim if spec.qk_norm else 0,
-            tied_embeddings=spec.tie_word_embeddings,
-        )
+        return base_shape(self.spec, self.fingerprint)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: KVCache, adapters: AdapterLookup) -> Tensor:
