@@ -182,9 +182,7 @@ def _check_parts(layout: AdapterLayout) -> None:
             f"{CONFIG_NAME} sets both use_dora and lora_bias, which peft cannot train.", code="adapter_config_invalid"
         )
     for key, said, part in (("use_dora", config.use_dora, MAGNITUDE), ("lora_bias", config.lora_bias, B_BIAS)):
-        # Embeddings have no bias of their own to train; peft refuses lora_bias on them.
-        wanted = [m for m in modules if said]
-        if lost := [m for m in wanted if layout.info(m, part) is None]:
+        if said and (lost := [module for module in modules if layout.info(module, part) is None]):
             raise InvalidAdapter(
                 f"{CONFIG_NAME} sets {key}, but the file holds no {part} of {module_path(*lost[0])}.",
                 code="tensors_missing",
