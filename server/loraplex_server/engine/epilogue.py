@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import torch
 from torch import Tensor
 
-from loraplex_adapters.base import EMBED, BaseShape, ModuleKey
+from loraplex_adapters.base import EMBED, HEAD, BaseShape, ModuleKey
 from loraplex_adapters.format import AdapterWeights, LoraFactors
 
 # Numbers of a matrix that are in float32 at once.
@@ -24,7 +24,7 @@ class BaseWeights(Protocol):
     """The base's own weights, as they are served."""
 
     def weight_rows(self, module: ModuleKey, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of a module's matrix, dense. Shape: [rows, K]."""
+        """Rows [start, stop) of a module's matrix, dense, or of those that follow it in its group. Shape: [rows, K]."""
         ...
 
     def bias(self, module: ModuleKey) -> Tensor | None:
@@ -65,13 +65,19 @@ def epilogue_of(
 ) -> Epilogue:
     """The epilogue of a group of linears (``members``, with ``sizes`` outputs each)."""
     factor, shift = torch.ones(sum(sizes)), torch.zeros(sum(sizes))
+    dense: Tensor | None = None
     start = 0
     for module, size in zip(members, sizes, strict=True):
         columns = slice(start, start + size)
         start += size
         lora = weights.factors.get(module)
         if lora is not None and lora.magnitude is not None:
-            norms = _norms(EffectiveWeights(base, weights), module, lora)
+            if module in (EMBED, HEAD):
+                norms = _vocabulary_norms(EffectiveWeights(base, weights), module, lora)
+            else:
+                # All of the group at once: to make one linear dense, its neighbors may have to be made dense with it.
+                dense = base.weight_rows(members[0], 0, sum(sizes)) if dense is None else dense
+                norms = _norms(dense[columns], lora)
             factor[columns] = lora.magnitude.float() / norms
         stored = base.bias(module)
         old = torch.zeros(size) if stored is None else stored.float().cpu()
@@ -96,23 +102,29 @@ def epilogue_groups(
 
 
 @torch.inference_mode()
-def _norms(weights: EffectiveWeights, module: ModuleKey, lora: LoraFactors) -> Tensor:
-    """|W + scaling * B A| by rows: [N], float32 on the host. Never more than one part of the base is made dense."""
-    n, k = lora.b.shape[0], lora.a.shape[1]
-    # Embeddings are kept [V, H], but LoRA sees their transpose: a norm for each of H over all tokens.
-    rows = max(1, _CHUNK_ELEMENTS // (n if module == EMBED else k))
-    if module == EMBED:
-        squares = torch.zeros(n)
-        for start in range(0, k, rows):
-            own = weights.rows(module, start, min(start + rows, k)).float()
-            b, a = lora.b.to(own.device).float(), lora.a[:, start : start + rows].to(own.device).float()
-            squares += (own + lora.scaling * (b @ a).t()).square().sum(0).cpu()
-        return squares.sqrt()
-    found = []
-    dense = weights.rows(module, 0, n)
+def _norms(dense: Tensor, lora: LoraFactors) -> Tensor:
+    """|W + scaling * B A| by rows, from W [N, K]: [N], float32 on the host."""
+    n, k = dense.shape
+    rows, found = max(1, _CHUNK_ELEMENTS // k), []
     a = lora.a.to(dense.device).float()
     for start in range(0, n, rows):
         b = lora.b[start : start + rows].to(dense.device).float()
         update = (b @ a).mul_(lora.scaling)
         found.append(torch.linalg.vector_norm(update.add_(dense[start : start + rows].float()), dim=1).cpu())
     return torch.cat(found)
+
+
+@torch.inference_mode()
+def _vocabulary_norms(weights: EffectiveWeights, module: ModuleKey, lora: LoraFactors) -> Tensor:
+    """The same of the head, or of the embeddings: these are kept [V, H], but LoRA sees their transpose, so that there is a
+    norm for each of H over all tokens."""
+    n = lora.b.shape[0]
+    if module == HEAD:
+        return _norms(weights.rows(module, 0, n), lora)
+    num_tokens, squares = lora.a.shape[1], torch.zeros(n)
+    rows = max(1, _CHUNK_ELEMENTS // n)
+    for start in range(0, num_tokens, rows):
+        own = weights.rows(module, start, min(start + rows, num_tokens)).float()
+        b, a = lora.b.to(own.device).float(), lora.a[:, start : start + rows].to(own.device).float()
+        squares += (own + lora.scaling * (b @ a).t()).square().sum(0).cpu()
+    return squares.sqrt()

@@ -34,7 +34,7 @@ class GroupLinear(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of W as they multiply, dense; they lie in one part of the group. May cost a copy of it."""
+        """Rows [start, stop) of W as they multiply, dense. May cost a copy of all of W."""
         ...
 
     @property
@@ -102,12 +102,12 @@ class Nf4Linear:
             dense = torch.empty(packed.num_out, packed.num_in, dtype=torch.bfloat16, device=packed.data.device)
             dequantize(packed, dense)
             return dense[start:stop]
+        found = []
         for part in self._gemm.unpack():
-            size = part.shape[0]
-            if start < size:
-                return part.dequantize()[start:stop]
-            start, stop = start - size, stop - size
-        raise IndexError(f"rows {start} to {stop} are beyond the matrix")
+            if start < part.shape[0] and stop > 0:
+                found.append(part.dequantize()[max(start, 0) : stop])
+            start, stop = start - part.shape[0], stop - part.shape[0]
+        return torch.cat(found)
 
     def buffers(self) -> Iterator[Tensor]:
         yield from self._gemm.tensors()
