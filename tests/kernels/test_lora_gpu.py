@@ -222,6 +222,28 @@ def test_a_graph_serves_other_and_more_adapters_than_at_capture(m: int) -> None:
         assert bench.error(out, x, chosen) < TOLERANCE[torch.bfloat16]
 
 
+@pytest.mark.parametrize("m", [24, 64])
+def test_a_batch_without_adapters_waits_for_what_writes_its_input(m: int) -> None:
+    bench, slow = Bench("o", [(16,)]), repack([random_weight(K, 16384, 1)])
+    given = torch.randn(m, 16384, device="cuda").bfloat16()
+    x, rows = torch.empty(m, K, dtype=torch.bfloat16, device="cuda"), row_groups([-1] * m)
+    out = torch.empty(m, bench.weight.num_out, dtype=torch.bfloat16, device="cuda")
+
+    def both() -> None:
+        nf4_cuda.gemm(given, slow, x, None, dependent=True)
+        bench.launch(x, out, rows)
+
+    both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both()
+    for tensor in (x, out):
+        tensor.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bench.error(out, x, [-1] * m) < TOLERANCE[torch.bfloat16]
+
+
 @pytest.mark.parametrize("m", [7, 30])
 def test_rows_of_the_base_are_untouched_by_others(m: int) -> None:
     bench = Bench("o", [(16,), (8,), (64,)])

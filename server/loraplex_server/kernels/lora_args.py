@@ -12,7 +12,7 @@ from torch import Tensor
 from loraplex_server.kernels.lora_rows_ref import RowGroups
 from loraplex_server.kernels.nf4_config import MAX_ROWS
 
-MAX_SLICES: Final = 32
+MAX_SLICES: Final = 16
 # Columns of x that one slice has at least.
 _SLICE_COLUMNS: Final = 512
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int
@@ -48,7 +48,7 @@ class LoraArgs(ctypes.Structure):
 class FusedLoraWorkspace:
     """What launches on one stream share.
 
-    Shapes: v [32, 64, rank_capacity] float32, parts of A x for slices of x's columns; row_scale [64] float32, factors of
+    Shapes: v [16, 64, rank_capacity] float32, parts of A x for slices of x's columns; row_scale [64] float32, factors of
     rows of v; state [2] int32, counters of GEMMs that shrink themselves, zero between launches. ``rank_capacity``: most ranks of a group, all its linears together.
     """
 

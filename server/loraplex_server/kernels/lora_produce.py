@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from loraplex_server.kernels import nf4_cuda, nvrtc
-from loraplex_server.kernels.lora_args import BatchAdapters, FusedLoraError, LoraArgs, num_slices
+from loraplex_server.kernels.lora_args import BatchAdapters, FusedLoraError, LoraArgs
 
 _THREADS = 256
 _PIECE = 8  # elements of 16 bytes
 _POINTER = ctypes.c_void_p
 _TYPES = (_POINTER,) * 6 + (ctypes.c_float, ctypes.c_int, LoraArgs)
-# CTAs that shrink, at most, for each multiprocessor, and for each row of the batch and slice of its columns.
-_WAVES = 8
-_TILES_A_ROW = 3
+_GATED = 2  # pieces of a thread that makes silu(gate) * up
+# CTAs that shrink, for each multiprocessor: as many as run at once, since a start costs them a trip to memory.
+_SHRINKING = 2
 
 
 class _Source(IntEnum):
@@ -92,9 +92,8 @@ def _launch(
         "RESIDUAL": int(residual is not None),
     }
     kernel = nvrtc.load("lora_produce.cu", "lora_produce", _TYPES, defines=defines, block=_THREADS)
-    producers = {_Source.GIVEN: 0, _Source.NORM: m, _Source.SILU: m * -(-k // (_PIECE * _THREADS))}[source]
-    sms = nf4_cuda.num_sms(out.device.index)
-    shrinking = min(_WAVES * sms, max(sms, m * _TILES_A_ROW * num_slices(k)))
+    producers = {_Source.GIVEN: 0, _Source.NORM: m, _Source.SILU: m * -(-k // (_PIECE * _THREADS * _GATED))}[source]
+    shrinking = _SHRINKING * nf4_cuda.num_sms(out.device.index)
     row_scale = adapters.workspace.row_scale
     pointers = [0 if t is None else t.data_ptr() for t in (given, residual, total, weight, out, row_scale)]
     kernel.launch(producers + shrinking, [*pointers, eps, producers, adapters.arguments(k)], dependent=dependent)

@@ -20,7 +20,7 @@
 #endif
 
 constexpr int K = COLUMNS, WARPS = 8, THREADS = WARPS * 32, PIECES = K / 8;  // of a row, 16 bytes each
-constexpr int COLUMN_PIECES = THREADS;                          // of one CTA that makes silu(gate) * up
+constexpr int GATED = 2, COLUMN_PIECES = THREADS * GATED;  // of one CTA that makes silu(gate) * up
 constexpr int ROW_CTAS = SOURCE == 2 ? (PIECES + COLUMN_PIECES - 1) / COLUMN_PIECES : 1;
 // Keeps float16's unscaled rows of a norm in range.
 #if HALF
@@ -70,11 +70,8 @@ struct Source {
     const Eight own(load_x16(in + (size_t)token * K + k));
     return RESIDUAL ? added(own, Eight(load_x16(residual + (size_t)token * K + k))) : own;
   }
-  DEVICE Eight gate_up(int token, int k) const {
-    const u16 *row = in + (size_t)token * 2 * K + k;
-    return gated(Eight(load_x16(row)), Eight(load_x16(row + K)));
-  }
-  // What the shrink multiplies by, in two steps: all that is to be read, and the values.
+  // What the shrink multiplies by, in two steps: all that is to be read, for so many token tiles at once, and the values.
+  static constexpr int TILES = SOURCE == 0 ? 4 : 2;
   struct Raw {
     uint4 a, b, weight;
   };
@@ -148,7 +145,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     make_norm(source, new_residual, x, row_scale, eps, cta);
   } else {
     wait_previous_launch();
-    const int row = cta / ROW_CTAS, piece = cta % ROW_CTAS * COLUMN_PIECES + threadIdx.x;
-    if (SOURCE == 2 && piece < PIECES) ((uint4 *)(x + (size_t)row * K))[piece] = source.gate_up(row, piece * 8).packed();
+    const int row = cta / ROW_CTAS, first = cta % ROW_CTAS * COLUMN_PIECES + threadIdx.x;
+    Source::Raw raw[GATED];
+#pragma unroll
+    for (int i = 0; i < GATED; i++) raw[i] = source.load(row, min(first + i * THREADS, PIECES - 1) * 8);
+#pragma unroll
+    for (int i = 0; i < GATED; i++)
+      if (first + i * THREADS < PIECES) ((uint4 *)(x + (size_t)row * K))[first + i * THREADS] = source.made(raw[i]);
   }
 }

@@ -46,8 +46,8 @@ template <typename T> DEVICE T pick(const T (&of)[2], int d) {
 // scratch: WARPS * TT * 128 floats of shared memory.
 template <int TT, int WARPS, int K, typename X>
 DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int cta, int num_ctas) {
-  constexpr int BATCH = 2;                   // steps of 32 k whose loads are in flight together
-  constexpr int TILES = TT < 4 ? TT : 4;     // and token tiles
+  constexpr int BATCH = 2;                              // steps of 32 k whose loads are in flight together
+  constexpr int TILES = TT < X::TILES ? TT : X::TILES;  // and token tiles
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const LoraTiles tiles = lora_tiles(args);
   const int slices = args.slices, items = tiles.total * slices;

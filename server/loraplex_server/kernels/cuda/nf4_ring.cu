@@ -17,6 +17,7 @@
 #endif
 #if LORA
 #include "lora.cuh"
+#include "lora_expand_staged.cuh"
 #define EPILOGUE(token) lora_epilogue(batch, token)
 #else
 #define EPILOGUE(token) nullptr
@@ -198,9 +199,10 @@ extern "C" __global__ void __launch_bounds__(NUM_THREADS + 128, 1)
 #if LORA
   named_sync<LORA_PREPARED, NUM_THREADS + LORA * 32>();
   const bool both = PAIR && wr >= OWN;  // CTAs of the pair hold parts of these sums
-  lora_expand<1, MT>(&acc, lora, batch, work.block(wr) * 64 + w4 * 16, n, 1.f / gain,
-                     (both ? work.split * 2 + work.rank : work.split) * WK + wk, SPLIT * WK * (both ? 2 : 1),
-                     named_sync<LORA_COLLECTED, NUM_THREADS + LORA * 32>);
+  sync_multiplying();  // the table and the ring are free
+  lora_expand_staged<MT>(acc, lora, batch, shared_address(shared) + warp * EXPAND_BYTES, work.block(wr) * 64 + w4 * 16, n,
+                         1.f / gain, (both ? work.split * 2 + work.rank : work.split) * WK + wk,
+                         SPLIT * WK * (both ? 2 : 1), named_sync<LORA_COLLECTED, NUM_THREADS + LORA * 32>);
 #endif
   // Reduction over the warpgroups along k, [k][token][row], then over the pair, then over the split.
   float *sums = (float *)shared;
