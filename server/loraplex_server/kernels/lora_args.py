@@ -48,8 +48,9 @@ class LoraArgs(ctypes.Structure):
 class FusedLoraWorkspace:
     """What launches on one stream share.
 
-    Shapes: v [16, 64, rank_capacity] float32, parts of A x for slices of x's columns; row_scale [64] float32, factors of
-    rows of v; state [2] int32, counters of GEMMs that shrink themselves, zero between launches. ``rank_capacity``: most ranks of a group, all its linears together.
+    Shapes: v [16, 64, rank_capacity] float32, parts of A x for slices of x's columns; row_scale [64] float32, factors
+    of rows of v; state [2] int32, counters of GEMMs that shrink themselves, zero between launches. ``rank_capacity``:
+    most ranks of a group, all its linears together.
     """
 
     v: Tensor

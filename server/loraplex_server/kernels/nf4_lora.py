@@ -2,8 +2,8 @@
 
 Each adapter's A and B are read once, by tensor cores. With many rows v = A x is made by the launch that makes x
 (``lora_produce``), with few by extra warps of the GEMM's CTAs, while the others multiply; these add B v before they
-write their output. ``lora_rows_ref`` defines the result and the tables, which are read from device memory: a CUDA graph captured
-once serves any mix of adapters. What cannot be fused (see ``can_fuse``) is the GEMM followed by ``lora.lora_rows``.
+write their output. ``lora_rows_ref`` defines the result and the tables, which are read from device memory: a CUDA graph
+captured once serves any mix of adapters. What cannot be fused (see ``can_fuse``) is the GEMM followed by ``lora.lora_rows``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 // LoRA in a GEMM's launch, for up to 64 tokens: y += B v in the epilogue ("expand"), on tensor cores. v = A x was made by
-// the launch before (lora_produce.cu), or is made beside the GEMM (lora_beside.cuh). Everything that depends on the batch or the adapters is read from device memory,
-// so that a captured graph serves any mix of adapters.
+// the launch before (lora_produce.cu), or is made beside the GEMM (lora_beside.cuh). Everything that depends on the
+// batch or the adapters is read from device memory, so that a captured graph serves any mix of adapters.
 #pragma once
 #include "lora_expand.cuh"
 

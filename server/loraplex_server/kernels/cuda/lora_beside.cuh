@@ -6,9 +6,9 @@
 
 constexpr int BESIDE_SLICES = 16;  // at most
 
-// Shrink with WARPS warps of this CTA (this one is number `warp`), the work split over the first CTAs: an item is 16 ranks of
-// one adapter x a slice of k, and leaves its part of v in global memory. x [tokens, K] is written by the previous launch,
-// which is waited for once the first A is on its way. Returns the number of items; all of them are counted in `state`.
+// Shrink with WARPS warps of this CTA (this one is number `warp`), the work split over the first CTAs: an item is 16 ranks
+// of one adapter x a slice of k, and leaves its part of v in global memory. x [tokens, K] is written by the previous
+// launch, which is waited for once the first A is on its way. Returns the number of items; `state` counts all of them.
 // scratch: WARPS * TT * 128 floats of shared memory.
 template <int TT, int WARPS, int K>
 DEVICE int lora_shrink_beside(const LoraArgs &args, const u16 *x, LoraBatch *batch, float *scratch, int warp, int cta, int workers) {
