@@ -5,7 +5,6 @@ import typer
 from loraplex_server.commands.adapters import adapters_app
 from loraplex_server.commands.bench import bench_app
 from loraplex_server.commands.chat import chat
-from loraplex_server.commands.combine import combine
 from loraplex_server.commands.demo import demo
 from loraplex_server.commands.extras import missing_packages, serve_without_server
 from loraplex_server.commands.merge import merge
@@ -25,7 +24,6 @@ else:
 app.command()(demo)
 app.command()(chat)
 app.command()(merge)
-adapters_app.command()(combine)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(bench_app, name="bench")
 

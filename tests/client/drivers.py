@@ -136,6 +136,7 @@ def adapter_json(name: str = "pirate", **fields: Any) -> dict[str, Any]:
         "ranks": {"min": 4, "max": 8},
         "rank": 8,
         "target_modules": ["q_proj", "v_proj"],
+        "features": [],
         "num_parameters": 4096,
         "num_bytes": 8192,
         "residency": "gpu",

@@ -329,7 +329,7 @@ def test_the_admin_key_comes_from_the_option_or_the_environment(
 
 
 def test_every_command_has_an_example() -> None:
-    commands = ["list", "show", "upload", "load", "delete", "pin", "unpin", "versions", "rollback"]
+    commands = ["combine", "list", "show", "upload", "load", "delete", "pin", "unpin", "versions", "rollback"]
     assert sorted(commands) == sorted(
         command.name or str(getattr(command.callback, "__name__", "")) for command in adapters_app.registered_commands
     )

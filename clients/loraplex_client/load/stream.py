@@ -126,7 +126,8 @@ class _Connection(asyncio.Protocol):
                 break
             size = int(data[position:end].partition(b";")[0], 16)
             if size == 0:
-                if data.find(b"\r\n", end + 2) < 0:
+                # Trailers, if there are any, end with an empty line of their own.
+                if data.find(b"\r\n\r\n", end) < 0:
                     self._buffer = data[position:]
                     break
                 answer.feed(b"".join(parts), now)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .combine import combine
 from .connection import DEFAULT_BASE_URL, EXIT_REFUSED, AdminKey, BaseUrl, connected, fail
 from .rendering import local_time, print_json, print_table, short_digest, size
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
 
 adapters_app = typer.Typer(
     no_args_is_help=True,
-    help="List, upload and change the adapters of a running server. Exit codes: 0 done, 1 the server refused or is out "
+    help="List, upload and change the adapters of a running server; combine folders offline. Exit codes: 0 done, 1 the server refused or is out "
     "of reach, 2 the command is wrong.",
 )
+
+adapters_app.command()(combine)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as JSON, for scripts.")]

@@ -51,11 +51,9 @@ def combine(
 
     Weights scale an adapter's update and may be negative, which takes it away.
 
-    Examples:
+    Example: loraplex adapters combine ./pirate:0.7 ./json:0.5 --out ./pirate-json
 
-    loraplex adapters combine ./pirate:0.7 ./json:0.5 --out ./pirate-json
-
-    loraplex adapters combine ./a ./b ./c --method svd --rank 16 --out ./abc
+    Example: loraplex adapters combine ./a ./b ./c --method svd --rank 16 --out ./abc
     """
     if out.exists():
         fail(f"{out} exists already; name a new folder", EXIT_REFUSED)
