@@ -23,7 +23,7 @@ DEVICE void lora_collect(const LoraArgs &args, LoraBatch *batch, int thread, int
     if (d < 0) continue;
     const LoraEntry &entry = batch->entry[d];
     if (rank < entry.v_at[last] + entry.rank[last] - entry.v_at[first])
-      *(float4 *)(batch->collected + token * widest + rank) = 
+      *(float4 *)(batch->collected + token * widest + rank) =
           lora_sum<8>(args, batch->slices, token, entry.v_at[first] + rank);
   }
 }

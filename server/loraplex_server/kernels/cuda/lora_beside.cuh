@@ -21,12 +21,8 @@ DEVICE int lora_shrink_beside(const LoraArgs &args, const u16 *x, LoraBatch *bat
 #pragma unroll 1
   for (int item = cta < workers ? cta : tiles.total * slices; item < tiles.total * slices; item += workers) {
     const int tile = item % tiles.total, slice = item / tiles.total;
-    const u32 low = __ballot_sync(~0u, lane < tiles.num_adapters && tiles.before[0] <= tile);
-    const u32 high = __ballot_sync(~0u, lane + 32 < tiles.num_adapters && tiles.before[1] <= tile);
-    const int d = __popc(low) + __popc(high) - 1;
-    const int rank0 = (tile - pick(tiles.before, d)) * 16, count = pick(tiles.count, d), first = pick(tiles.start, d);
-    const bool upper = rank0 + 8 < pick(tiles.rank, d);  // ranks come in eights
-    const u16 *a_at = (const u16 *)pick((const u64(&)[2])tiles.a, d) + (size_t)(rank0 + g) * K + t * 8;
+    const LoraTile found = lora_tile<K>(args, tiles, tile);
+    const int count = found.count, first = found.first;
     const int end = (K / 32) * (slice + 1) / slices;
     int step = (K / 32) * slice / slices + warp;
     u32 x_row[TT];
@@ -41,8 +37,8 @@ DEVICE int lora_shrink_beside(const LoraArgs &args, const u16 *x, LoraBatch *bat
 #pragma unroll
       for (int j = 0; j < BATCH; j++) {
         const bool on = step + j * WARPS < end;
-        a0[j] = on ? load_stream16(a_at + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
-        a1[j] = on && upper ? load_stream16(a_at + 8 * K + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
+        a0[j] = on ? load_stream16(found.a + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
+        a1[j] = on && found.upper ? load_stream16(found.a + 8 * K + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
       }
       if (!waited) wait_previous_launch();
       waited = true;
@@ -69,13 +65,7 @@ DEVICE int lora_shrink_beside(const LoraArgs &args, const u16 *x, LoraBatch *bat
       to[0] = c[i][0], to[16] = c[i][1], to[8] = c[i][2], to[24] = c[i][3];
     }
     sync_lora<WARPS>();
-    for (int i = warp * 32 + lane; i < count * 4; i += WARPS * 32) {
-      float4 sum = *(const float4 *)(scratch + i * 4);
-#pragma unroll
-      for (int w = 1; w < WARPS; w++) sum = add4(sum, *(const float4 *)(scratch + w * TT * 128 + i * 4));
-      const int token = args.order[first + i / 4];
-      __stcg((float4 *)(args.v + ((size_t)slice * 64 + token) * args.v_stride + rank0 + i % 4 * 4), sum);
-    }
+    lora_store<TT, WARPS>(args, found, scratch, slice, warp * 32 + lane);
     sync_lora<WARPS>();
     if (warp == 0 && lane == 0) add_release(args.state, 1);
   }

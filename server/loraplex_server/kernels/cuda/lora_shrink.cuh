@@ -38,6 +38,36 @@ template <typename T> DEVICE T pick(const T (&of)[2], int d) {
   return d < 32 ? low : high;
 }
 
+// 16 ranks of one adapter, as one lane sees them.
+struct LoraTile {
+  int rank0, count, first;  // the first rank; rows of the batch, order[first] being the first
+  bool upper;               // ranks come in eights: whether the second eight are there
+  const u16 *a;             // this lane's first 16 bytes of A
+};
+template <int K> DEVICE LoraTile lora_tile(const LoraArgs &args, const LoraTiles &tiles, int tile) {
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const u32 low = __ballot_sync(~0u, lane < tiles.num_adapters && tiles.before[0] <= tile);
+  const u32 high = __ballot_sync(~0u, lane + 32 < tiles.num_adapters && tiles.before[1] <= tile);
+  const int d = __popc(low) + __popc(high) - 1;
+  LoraTile found;
+  found.rank0 = (tile - pick(tiles.before, d)) * 16;
+  found.count = pick(tiles.count, d), found.first = pick(tiles.start, d);
+  found.upper = found.rank0 + 8 < pick(tiles.rank, d);
+  found.a = (const u16 *)pick((const u64(&)[2])tiles.a, d) + (size_t)(found.rank0 + g) * K + t * 8;
+  return found;
+}
+// Adds up what the warps left in scratch [warp][token][rank], and stores it as one slice's part of v.
+template <int TT, int WARPS>
+DEVICE void lora_store(const LoraArgs &args, const LoraTile &tile, const float *scratch, int slice, int thread) {
+  for (int i = thread; i < tile.count * 4; i += WARPS * 32) {
+    float4 sum = *(const float4 *)(scratch + i * 4);
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) sum = add4(sum, *(const float4 *)(scratch + w * TT * 128 + i * 4));
+    const int row = args.order[tile.first + i / 4];
+    __stcg((float4 *)(args.v + ((size_t)slice * 64 + row) * args.v_stride + tile.rank0 + i % 4 * 4), sum);
+  }
+}
+
 // The items of CTA `cta` of `num_ctas`: an item is 16 ranks of one adapter x a slice of k, and leaves its part of v in
 // global memory. The work of an item does not depend on the other rows of the batch, so neither does its result.
 // x: x.made(x.load(token, k)) gives the eight values from k on, as they go into the product; it is asked only after the
@@ -55,12 +85,8 @@ DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int ct
 #pragma unroll 1
   for (int item = cta; item < items; item += num_ctas) {
     const int tile = item / slices, slice = item % slices;
-    const u32 low = __ballot_sync(~0u, lane < tiles.num_adapters && tiles.before[0] <= tile);
-    const u32 high = __ballot_sync(~0u, lane + 32 < tiles.num_adapters && tiles.before[1] <= tile);
-    const int d = __popc(low) + __popc(high) - 1;
-    const int rank0 = (tile - pick(tiles.before, d)) * 16, count = pick(tiles.count, d), first = pick(tiles.start, d);
-    const bool upper = rank0 + 8 < pick(tiles.rank, d);  // ranks come in eights
-    const u16 *a_at = (const u16 *)pick((const u64(&)[2])tiles.a, d) + (size_t)(rank0 + g) * K + t * 8;
+    const LoraTile found = lora_tile<K>(args, tiles, tile);
+    const int count = found.count, first = found.first;
     const int end = (K / 32) * (slice + 1) / slices;
     int step = (K / 32) * slice / slices + warp;
     int token[TT];
@@ -75,8 +101,8 @@ DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int ct
 #pragma unroll
       for (int j = 0; j < BATCH; j++) {
         const bool on = step + j * WARPS < end;
-        a0[j] = on ? load_stream16(a_at + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
-        a1[j] = on && upper ? load_stream16(a_at + 8 * K + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
+        a0[j] = on ? load_stream16(found.a + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
+        a1[j] = on && found.upper ? load_stream16(found.a + 8 * K + (step + j * WARPS) * 32) : make_uint4(0, 0, 0, 0);
       }
       if (!waited) wait_previous_launch();
       waited = true;
@@ -114,13 +140,7 @@ DEVICE void lora_shrink(const LoraArgs &args, const X &x, float *scratch, int ct
       to[0] = c[i][0], to[16] = c[i][1], to[8] = c[i][2], to[24] = c[i][3];
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * 4; i += WARPS * 32) {
-      float4 sum = *(const float4 *)(scratch + i * 4);
-#pragma unroll
-      for (int w = 1; w < WARPS; w++) sum = add4(sum, *(const float4 *)(scratch + w * TT * 128 + i * 4));
-      const int row = args.order[first + i / 4];
-      __stcg((float4 *)(args.v + ((size_t)slice * 64 + row) * args.v_stride + rank0 + i % 4 * 4), sum);
-    }
+    lora_store<TT, WARPS>(args, found, scratch, slice, threadIdx.x);
   }
   if (!waited && cta == 0) wait_previous_launch();
 }
